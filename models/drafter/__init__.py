@@ -1,0 +1,1 @@
+"""Drafter families, one a file."""

