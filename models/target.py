@@ -201,6 +201,7 @@ def load_target(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
     revision: str | None = None,
+    adapter: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str = "sdpa",
 ) -> Target:
@@ -208,6 +209,8 @@ def load_target(
 
     `name` is a Hub id, a local folder, or `package:<module>` for the GGUF inside an installed
     Python package, which is dequantised once into the local cache as safetensors (bf16).
+    `adapter` is a PEFT adapter (folder or Hub id), merged into the weights: the target is then the
+    fine-tuned model, with a fingerprint of its own.
 
     Raises ValueError when the folder or package does not exist.
     """
@@ -218,6 +221,10 @@ def load_target(
     model = AutoModelForCausalLM.from_pretrained(
         source, dtype=pick_dtype(dtype, where), attn_implementation=attn_implementation, **kwargs
     )
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     commit = getattr(model.config, "_commit_hash", None)
     return Target(
         model=model.to(where), tokenizer=tokenizer, name=name, revision=revision or commit

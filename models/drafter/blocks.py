@@ -6,12 +6,14 @@ Shape legend: B sequences, T positions, d hidden size.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, LlamaConfig
+from transformers import Cache, LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+
+from models.cache import causal_rows
 
 
 class ResidualBlock(nn.Module):
@@ -74,16 +76,13 @@ class CausalLayer(nn.Module):
         self.norm = LlamaRMSNorm(hidden_size, eps=config.rms_norm_eps)
         self.rotary = LlamaRotaryEmbedding(config)
 
-    def forward(self, hidden_BTd: Tensor, cache: DynamicCache | None = None) -> Tensor:
+    def forward(self, hidden_BTd: Tensor, cache: Cache | None = None) -> Tensor:
         """Outputs at the T new positions; `cache` holds the earlier ones and is extended."""
         new = hidden_BTd.shape[1]
         past = cache.get_seq_length() if cache is not None else 0
         positions = torch.arange(past, past + new, device=hidden_BTd.device)[None]
-        mask = None
-        if past and new > 1:
-            # Row i (position past+i) sees keys 0..past+i; without a past, sdpa's own causal rule.
-            mask = torch.ones(new, past + new, dtype=torch.bool, device=hidden_BTd.device)
-            mask = mask.tril(past)[None, None]
+        # Without a past, or for one row, sdpa's own causal rule is right.
+        mask = causal_rows(new, past, hidden_BTd.device) if past and new > 1 else None
         out = self.layer(
             hidden_BTd,
             attention_mask=mask,

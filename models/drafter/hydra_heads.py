@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
+from models.cache import GrowingCache
 from models.drafter.base import Depth, Drafter, Frontier
 from models.drafter.blocks import CausalLayer, ResidualBlock
 from models.head import Head, build_head
@@ -23,7 +23,7 @@ class HydraState:
     layer's cache over verified positions, and the embeddings on each frontier node's path."""
 
     context_1d: Tensor | None = None
-    cache: DynamicCache | None = None
+    cache: GrowingCache | None = None
     path_Nkd: Tensor | None = None
 
 
@@ -95,7 +95,7 @@ class HydraHeads(Drafter):
             yield Depth(block(torch.cat(parts, dim=-1)), self.head(k), shift=1 + k)
 
     def initial_state(self) -> HydraState:
-        return HydraState(cache=DynamicCache() if self.prefix is not None else None)
+        return HydraState(cache=GrowingCache() if self.prefix is not None else None)
 
     def extend(self, state: HydraState, features: Features, tokens_1N: Tensor) -> HydraState:
         context_1Nd = features.final_BTd
