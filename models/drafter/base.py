@@ -123,6 +123,15 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
     feature_layers: tuple[int, ...] = ()
     """Inner layers h^l this drafter reads, beside f_t."""
 
+    @property
+    def reads_history(self) -> bool:
+        """Whether a state in `unroll` depends on earlier positions than its own.
+
+        A family that says False lets training leave out prompt positions; it promises that no shift
+        exceeds `num_depths`.
+        """
+        return True
+
     def __init__(
         self, *, hidden_size: int, vocab_size: int, draft_vocab_size: int | None = None
     ) -> None:

@@ -74,6 +74,10 @@ class HydraHeads(Drafter):
     def num_depths(self) -> int:
         return len(self.blocks)
 
+    @property
+    def reads_history(self) -> bool:
+        return self.prefix is not None
+
     def head(self, depth: int) -> Head:
         return self.heads[depth]  # type: ignore[return-value]
 

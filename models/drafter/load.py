@@ -3,6 +3,7 @@
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 from models.drafter.base import Drafter
 from models.target import Target
@@ -11,9 +12,17 @@ from models.target import Target
 def load_drafter(folder: str | Path, target: Target) -> Drafter:
     """Load the drafter saved in `folder` and bind it to `target`, in the target's device.
 
-    `config.json` names the family's class under `_target_`; only `models.drafter` is accepted,
-    because the folder may be a download. Raises ValueError when the folder holds no drafter or was
-    made for a target of another shape.
+    Raises ValueError when the folder holds no drafter or was made for a target of another shape.
+    """
+    family, _ = drafter_class(folder)
+    drafter = family.from_pretrained(str(folder))
+    return drafter.to(target.device).bind(target).eval()
+
+
+def drafter_class(folder: str | Path) -> tuple[type[Drafter], dict[str, Any]]:
+    """The class that config.json names under `_target_`, and the arguments beside it.
+
+    Only `models.drafter` is accepted, because the folder may be a download.
     """
     path = Path(folder)
     config_file = path / "config.json"
@@ -22,13 +31,12 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
             f"There is no drafter in '{path}': expected config.json and model.safetensors there. "
             "Give the `drafter` folder of a finished run."
         )
-    config = json.loads(config_file.read_text())
-    module, _, name = str(config.get("_target_", "")).rpartition(".")
+    arguments = json.loads(config_file.read_text())
+    named = str(arguments.pop("_target_", ""))
+    module, _, name = named.rpartition(".")
     if not module.startswith("models.drafter."):
         raise ValueError(
             f"'{config_file}' does not name one of our drafters (its _target_ is "
-            f"'{config.get('_target_')}', expected models.drafter.<family>.<Class>)."
+            f"'{named}', expected models.drafter.<family>.<Class>)."
         )
-    family: type[Drafter] = getattr(importlib.import_module(module), name)
-    drafter = family.from_pretrained(str(path))
-    return drafter.to(target.device).bind(target).eval()
+    return getattr(importlib.import_module(module), name), arguments

@@ -51,6 +51,10 @@ class Medusa(Drafter):
     def num_depths(self) -> int:
         return len(self.blocks)
 
+    @property
+    def reads_history(self) -> bool:
+        return False
+
     def head(self, depth: int) -> Head:
         return self.heads[depth]  # type: ignore[return-value]
 

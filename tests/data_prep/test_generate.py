@@ -59,9 +59,7 @@ def test_first_token_follows_the_target_distribution(target: Target) -> None:
         Request(f"s{i}", prompt, max_new_tokens=1, temperature=0.7, seed=i) for i in range(4000)
     ]
     answers = _answer(Generator(target=target, max_batch=500), requests)
-    counts = torch.bincount(
-        torch.tensor([a.tokens[0] for a in answers.values()]), minlength=len(p)
-    )
+    counts = torch.bincount(torch.tensor([a.tokens[0] for a in answers.values()]), minlength=len(p))
     common = p * 4000 >= 5
     expected = torch.cat([p[common], p[~common].sum()[None]]) * 4000
     seen = torch.cat([counts[common], counts[~common].sum()[None]])

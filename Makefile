@@ -1,0 +1,40 @@
+# Every target sets up what it needs; a second call finds the stamp and starts at once.
+#   make quickstart   environment, a drafter for a small real model, its numbers, an export
+#   make test         environment and the whole test suite (PYTEST_ARGS adds options)
+#   make check        lint, format, types, import contract
+#   make bench        speed and memory of the chunked loss
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+.PHONY: install quickstart test check bench
+
+install: $(STAMP)
+
+# torch goes first and pinned: resolving a range could fetch gigabytes that the pin does not need.
+$(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt torch
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r requirements-embedded.txt
+	touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/python -m train +experiment=hydra_heads
+	$(BIN)/python -m decode run=runs/hydra_heads/latest bench=mt_bench
+	$(BIN)/python -m export run=runs/hydra_heads/latest exporter=hf
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python -m scripts.bench_loss

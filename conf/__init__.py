@@ -1,0 +1,1 @@
+"""Configuration: YAML groups, and the little code that checks and builds them."""

@@ -1,0 +1,91 @@
+"""The root keys of each command's config.
+
+One small dataclass a command, first entry of its primary config's defaults, so that Hydra rejects
+an unknown root key and a root scalar of the wrong type while composing. Groups are `Any`: what may
+stand inside them is written once, in the signature of the class their `_target_` names, and
+`conf.check` compares the two.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class TrainConfig:
+    """`python -m train`"""
+
+    name: str = MISSING
+    seed: int = 0
+    target: Any = MISSING
+    dataset: Any = MISSING
+    drafter: Any = MISSING
+    loss: Any = MISSING
+    depth_decay: float = 1.0
+    teacher: Any = MISSING
+    data: Any = MISSING
+    optimizer: Any = MISSING
+    scheduler: Any = MISSING
+    trainer: Any = MISSING
+    logger: Any = None
+    callbacks: Any = None
+    final_decode: Any = None
+    resume: str | None = None
+
+
+@dataclass
+class DataPrepConfig:
+    """`python -m data_prep`"""
+
+    name: str = MISSING
+    target: Any = MISSING
+    dataset: Any = MISSING
+    estimate: bool = False
+    show: int = 0
+
+
+@dataclass
+class DecodeConfig:
+    """`python -m decode`"""
+
+    name: str = "decode"
+    run: str = MISSING
+    bench: Any = MISSING
+    tree: Any = MISSING
+    verifier: Any = MISSING
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+    limit: int | None = None
+    max_prompt_tokens: int | None = None
+    seed: int = 0
+    baseline: bool = True
+    floor: float | None = None
+    lossless: bool = False
+    dtype: str | None = None
+
+
+@dataclass
+class ExportConfig:
+    """`python -m export`"""
+
+    name: str = "export"
+    run: str | None = None
+    exporter: Any = MISSING
+    out: str | None = None
+    check: str | None = None
+    prove: int = 8
+
+
+def register() -> None:
+    """Make the schemas known to Hydra as `train_schema`, `data_prep_schema`, ..."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="data_prep_schema", node=DataPrepConfig)
+    store.store(name="decode_schema", node=DecodeConfig)
+    store.store(name="export_schema", node=ExportConfig)
+
+
+register()

@@ -1,0 +1,337 @@
+"""Sources -> prompts -> answers -> shards, each stage resumable, behind one class.
+
+What lies in a dataset's folder, in the order in which it appears:
+
+    recipe.json             the settings and the target: other ones are refused
+    prompts.jsonl           conversations, read, without duplicates and without those too long
+    respond.jsonl.partial   answers as they come; respond.jsonl when all are there
+    train/, val/            token shards, then feature shards
+    manifest.json           written last: a folder with one is finished
+"""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from conf.console import say
+from data_prep.chat import prompt_tokens
+from data_prep.conversation import Conversation, prompt_id, spread
+from data_prep.doctor import Doctor
+from data_prep.generate import Request
+from data_prep.manifest import (
+    MANIFEST,
+    SPLITS,
+    Split,
+    dataset_hash,
+    describe_target,
+    draftsmith_version,
+    read_manifest,
+    require_same_target,
+    verify,
+    write_json,
+)
+from data_prep.progress import clock
+from data_prep.prompts import Prompt
+from data_prep.recipe import require_same_recipe
+from data_prep.shards import Example, ShardReader, write_tokens
+from data_prep.source import Source
+from data_prep.source.self_written import SelfWritten
+from data_prep.stage.capture import Capture
+from data_prep.stage.collect import PROMPTS, REPORT, Collected, collect, load
+from data_prep.stage.estimate import Estimate, estimate
+from data_prep.stage.respond import JOURNAL, Respond
+from data_prep.stage.tokenize import Tokenize
+from models.target import Target
+
+EXAMPLES_PER_SHARD = 4096
+GUESSED_PROMPT = 48
+"""Tokens of a prompt that the target has not written yet, for estimates only."""
+
+
+class DatasetFolder:
+    """A finished dataset on disk."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.manifest: dict[str, Any] = read_manifest(self.path)
+
+    @property
+    def hash(self) -> str:
+        return dataset_hash(self.manifest)
+
+    def reader(self, split: Split) -> ShardReader:
+        return ShardReader(self.path, split)
+
+    def check(self, target: Target, *, layers: tuple[int, ...] | None = None) -> None:
+        """Refuse a target, chat template or layer set that these shards were not made for."""
+        require_same_target(self.manifest, target, where=str(self.path), layers=layers)
+
+    def verify(self) -> None:
+        """Compare every shard's size and sha256 with the manifest."""
+        verify(self.path, self.manifest)
+
+
+class Dataset:
+    """What to read, how to get answers, and where it is kept.
+
+    Exactly one of `respond` (the target answers) and `tokenize` (the data's own answers) is given.
+    `holdout` prompts, those with the lowest hash of their id, become the validation split.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        root: str,
+        sources: list[Source],
+        holdout: int,
+        max_prompt_tokens: int,
+        respond: Respond | None = None,
+        tokenize: Tokenize | None = None,
+        capture: Capture | None = None,
+    ) -> None:
+        if (respond is None) == (tokenize is None):
+            raise ValueError(
+                f"dataset '{name}' has {'both' if respond else 'neither'} of respond and tokenize; "
+                "expected exactly one, because answers come either from the target (respond) or "
+                "from the data (tokenize). Set the other to null."
+            )
+        for source in sources:
+            if source.benchmark:
+                raise ValueError(
+                    f"dataset '{name}' may not contain the source {type(source).__name__}: "
+                    f"{source.benchmark}, and a drafter must not be trained on what it is measured "
+                    "with; use it in a benchmark (conf/bench) and take other prompts here."
+                )
+        self.name, self.folder = name, Path(root).expanduser() / name
+        self.sources, self.holdout, self.max_prompt_tokens = sources, holdout, max_prompt_tokens
+        self.respond, self.tokenize, self.capture = respond, tokenize, capture
+
+    # --- commands --------------------------------------------------------------------------------
+
+    def prepare(self, target: Target) -> DatasetFolder:
+        """Run the stages that are missing, and return the finished folder.
+
+        Several processes may call this at once: the others wait for the first.
+        """
+        with self._lock():
+            if (self.folder / MANIFEST).exists():
+                folder = DatasetFolder(self.folder)
+                folder.check(target)
+                require_same_recipe(self.folder, self._recipe(target))
+                verify(self.folder, folder.manifest, hashes=False)
+                if self.capture and not folder.manifest["features"]:
+                    return self._add_features(target, folder)
+                folder.check(target, layers=self._layers)
+                return folder
+            say(f"Dataset '{self.name}' is prepared in {self.folder}:")
+            require_same_recipe(self.folder, self._recipe(target))
+            conversations = self._conversations(target)
+            self._announce(target, conversations)
+            examples = self._examples(target, conversations)
+            Doctor(target).examine(examples, f"dataset '{self.name}'")
+            return self._write(target, conversations, examples)
+
+    def estimate(self, target: Target) -> Estimate:
+        """Tokens, disk and time of everything still to do, writing nothing."""
+        if (self.folder / PROMPTS).exists():
+            conversations, waiting = load(self.folder), []
+        else:
+            waiting = [s for s in self.sources if isinstance(s, SelfWritten)]
+            ready = [s for s in self.sources if not isinstance(s, SelfWritten)]
+            conversations = self._collect(target, ready).conversations
+        return self._estimate(target, conversations, waiting)
+
+    # --- stages ----------------------------------------------------------------------------------
+
+    def _conversations(self, target: Target) -> list[Conversation]:
+        """Read every source once; what was kept lies in prompts.jsonl from then on."""
+        if not (self.folder / PROMPTS).exists():
+            writers = [s for s in self.sources if isinstance(s, SelfWritten)]
+            if writers:
+                write = [r for s in writers for r in s.requests(target, 0, s.count)]
+                expected = estimate(
+                    target=target, folder=self.folder, answer=None, write=write, capture=None
+                )
+                say(
+                    f"1. prompts: the target writes {len(write):,} of them itself, about "
+                    f"{clock(expected.respond_seconds)}."
+                )
+            collected = self._collect(target, self.sources)
+            self._check_holdout(len(collected.conversations))
+            collected.save(self.folder)
+        conversations = load(self.folder)
+        say(f"1. prompts: {len(conversations):,}, of which {self.holdout:,} are held out.")
+        return conversations
+
+    def _collect(self, target: Target, sources: list[Source]) -> Collected:
+        return collect(
+            sources,
+            target,
+            max_prompt_tokens=self.max_prompt_tokens,
+            turn=self.respond.turn if self.respond else None,
+        )
+
+    def _prompts(self, target: Target, conversations: list[Conversation]) -> list[Prompt]:
+        assert self.respond is not None
+        turn = self.respond.turn
+        return [
+            Prompt(c.id, prompt_tokens(target.tokenizer, c.prompt(turn)), c.label)
+            for c in conversations
+        ]
+
+    def _announce(self, target: Target, conversations: list[Conversation]) -> None:
+        """Say what comes and how long it takes; refuse when the disk cannot hold it."""
+        expected = self._estimate(target, conversations, [])
+        if self._answered:
+            say("2. respond: all answers are there already.")
+        elif self.respond:
+            say(
+                f"2. respond: the target answers, at most {expected.answer_tokens:,} tokens in "
+                f"{clock(expected.respond_seconds)}."
+            )
+        else:
+            say(f"2. tokenize: {expected.prompt_tokens:,} tokens of the data's own answers.")
+        if self.capture:
+            say(
+                f"3. capture: features of at most {expected.feature_bytes / 1e9:.3g} GB, "
+                f"{clock(expected.capture_seconds)}."
+            )
+        expected.refuse_without_room(self.folder)
+
+    def _estimate(
+        self, target: Target, conversations: list[Conversation], waiting: list[SelfWritten]
+    ) -> Estimate:
+        if self.tokenize:
+            examples = self.tokenize.run(target, conversations)
+            return estimate(
+                target=target,
+                folder=self.folder,
+                answer=None,
+                own_tokens=sum(len(e.tokens) for e in examples),
+                conversations=len(conversations),
+                capture=self.capture,
+            )
+        assert self.respond is not None
+        prompts = self._prompts(target, conversations)
+        write: list[Request] = []
+        for source in waiting:
+            asked = source.requests(target, 0, source.count)
+            write += asked
+            prompts += [Prompt(r.id, r.tokens + [0] * GUESSED_PROMPT, "") for r in asked]
+        requests = self.respond.requests(prompts)
+        tokens = sum(len(r.tokens) + r.max_new_tokens for r in requests)
+        return estimate(
+            target=target,
+            folder=self.folder,
+            answer=None if self._answered else (self.respond.generator(target), requests),
+            write=write,
+            own_tokens=tokens if self._answered else 0,
+            conversations=len(conversations),
+            capture=self.capture,
+        )
+
+    def _examples(self, target: Target, conversations: list[Conversation]) -> list[Example]:
+        if self.tokenize:
+            return self.tokenize.run(target, conversations)
+        assert self.respond is not None
+        return self.respond.run(target, self._prompts(target, conversations), self.folder)
+
+    def _write(
+        self, target: Target, conversations: list[Conversation], examples: list[Example]
+    ) -> DatasetFolder:
+        """Token shards, feature shards, manifest."""
+        held = {c.id for c in spread(conversations, self.holdout)}
+        splits: dict[str, dict[str, Any]] = {}
+        for split in SPLITS:
+            # All samples of a prompt (#0, #1) and all pieces of a text (+1, +2) stay together.
+            part = [e for e in examples if (prompt_id(e.id) in held) == (split == "val")]
+            splits[split] = {
+                "examples": len(part),
+                "positions": sum(len(e.tokens) for e in part),
+                "learned": sum(int(e.learn.sum()) for e in part),
+                "finished": sum(e.finish_reason == "eos" for e in part),
+                "tokens": write_tokens(self.folder / split, part, EXAMPLES_PER_SHARD),
+                "features": [],
+            }
+        report = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
+        manifest = {
+            "draftsmith": draftsmith_version(),
+            "name": self.name,
+            "target": describe_target(target),
+            "recipe": self._recipe(target),
+            "sources": report,
+            "features": None,
+            "splits": splits,
+        }
+        return self._finish(target, manifest)
+
+    def _add_features(self, target: Target, folder: DatasetFolder) -> DatasetFolder:
+        """Features for token shards that are there already."""
+        say(f"Dataset '{self.name}' gets feature shards.")
+        self._announce(target, load(self.folder))
+        return self._finish(target, folder.manifest)
+
+    def _finish(self, target: Target, manifest: dict[str, Any]) -> DatasetFolder:
+        if self.capture:
+            readers: dict[Split, ShardReader] = {
+                split: ShardReader(self.folder, split, manifest) for split in SPLITS
+            }
+            for split, entries in self.capture.run(target, self.folder, readers).items():
+                manifest["splits"][split]["features"] = entries
+            manifest["features"] = self.capture.about()
+        write_json(self.folder / MANIFEST, manifest)
+        folder = DatasetFolder(self.folder)
+        counts = ", ".join(
+            f"{split} {p['examples']:,} examples with {p['learned']:,} tokens to learn"
+            for split, p in manifest["splits"].items()
+        )
+        say(f"Dataset '{self.name}' is ready: {counts}; hash {folder.hash[:12]}.")
+        return folder
+
+    # --- what makes two datasets the same --------------------------------------------------------
+
+    @property
+    def _answered(self) -> bool:
+        return self.respond is not None and (self.folder / JOURNAL).exists()
+
+    @property
+    def _layers(self) -> tuple[int, ...] | None:
+        return tuple(self.capture.layers) if self.capture else None
+
+    def _recipe(self, target: Target) -> dict[str, Any]:
+        """Everything that decides the examples (features may be added later)."""
+        return {
+            "target": {
+                "fingerprint": target.fingerprint(),
+                "template_hash": target.template_hash(),
+            },
+            "sources": [source.settings() for source in self.sources],
+            "holdout": self.holdout,
+            "max_prompt_tokens": self.max_prompt_tokens,
+            "respond": asdict(self.respond) if self.respond else None,
+            "tokenize": asdict(self.tokenize) if self.tokenize else None,
+        }
+
+    def _check_holdout(self, count: int) -> None:
+        if count <= self.holdout:
+            raise ValueError(
+                f"dataset '{self.name}' has {count} prompts after leaving out long ones and "
+                f"duplicates, and holdout={self.holdout} would leave none to train on; hold out "
+                "fewer, allow longer prompts (max_prompt_tokens), or add sources."
+            )
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"Another process is preparing {self.folder}; waiting for it.")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield

@@ -1,0 +1,199 @@
+"""A dataset on disk: token shards, optional feature shards, and the manifest that vouches for them.
+
+    <root>/<name>/
+        manifest.json                  target, settings, counts, size and sha256 of every shard
+        train/tokens-00000.parquet     one row an example
+        train/features-00000.safetensors   optional: what the target computed, all positions
+        val/...
+
+Features are stored for consecutive rows, their positions one behind the other, so that an example
+is one slice of a memory-mapped file: `final` [N, d], `layer.<k>` [N, d] and `logz` [N] (fp32), with
+N the positions of all the shard's rows together.
+
+Shape legend: B sequences (always 1 here), T positions of an example, N positions of a shard,
+d hidden size, V vocabulary.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_prep.manifest import Split, check_shard, describe, read_manifest
+from models.target import Features
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("tokens", pa.list_(pa.int32())),
+        ("learn", pa.list_(pa.bool_())),
+        ("category", pa.string()),
+        ("finish_reason", pa.string()),
+        ("temperature", pa.float32()),
+        ("top_p", pa.float32()),
+        ("seed", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence. `learn[i]` says whether token i itself is a token to predict.
+
+    `finish_reason` is "eos" when the last answer ended, "length" when it was cut off, None for
+    plain text; the last three fields say how the target sampled the answer, if it did.
+    """
+
+    id: str
+    tokens: Tensor
+    learn: Tensor
+    category: str | None = None
+    finish_reason: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write_tokens(folder: Path, examples: Sequence[Example], per_shard: int) -> list[dict[str, Any]]:
+    """Write `tokens-00000.parquet` ... into `folder`; returns their entries for the manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for number, start in enumerate(range(0, len(examples), per_shard)):
+        part = examples[start : start + per_shard]
+        columns = {
+            "id": [e.id for e in part],
+            "tokens": [e.tokens.numpy() for e in part],
+            "learn": [e.learn.numpy() for e in part],
+            **{
+                name: [getattr(e, name) for e in part]
+                for name in ("category", "finish_reason", "temperature", "top_p", "seed")
+            },
+        }
+        path = folder / f"tokens-{number:05d}.parquet"
+        temporary = path.with_suffix(".tmp")
+        pq.write_table(pa.table(columns, schema=SCHEMA), temporary, compression="zstd")
+        temporary.rename(path)
+        entries.append(describe(path, folder.parent) | {"rows": len(part)})
+    return entries
+
+
+def write_features(
+    path: Path,
+    *,
+    final_Nd: Tensor,
+    layers: dict[int, Tensor],
+    logz_N: Tensor,
+    about: dict[str, str],
+) -> None:
+    """One feature shard, atomically. `about` is stored in its header and tells shards apart."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"final": final_Nd, "logz": logz_N} | {f"layer.{k}": v for k, v in layers.items()}
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata=about)
+    temporary.rename(path)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+class ShardReader:
+    """The examples of one split, by index. Token shards are read at once, features as asked for.
+
+    A shard's size and sha256 are compared with the manifest when it is opened.
+    """
+
+    def __init__(
+        self, folder: Path | str, split: Split, manifest: dict[str, Any] | None = None
+    ) -> None:
+        self.folder, self.split = Path(folder), split
+        self.manifest = manifest or read_manifest(self.folder)
+        part = self.manifest["splits"][split]
+        paths = [check_shard(self.folder, entry, hashes=True) for entry in part["tokens"]]
+        tables = [pq.read_table(path, schema=SCHEMA) for path in paths]
+        self._table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+        # As offsets of the lists: Arrow's own length kernel is invisible to type checkers.
+        self.lengths: list[int] = [
+            length
+            for chunk in self._table["tokens"].chunks
+            for length in np.diff(chunk.offsets.to_numpy()).tolist()
+        ]
+        self._feature_entries: list[dict[str, Any]] = part["features"]
+        self._feature_starts = [entry["rows"][0] for entry in self._feature_entries]
+        self._positions = [0, *accumulate(self.lengths)]  # of each row, in the whole split
+        self._open: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = {name: self._table[name][index] for name in SCHEMA.names}
+        return Example(
+            tokens=torch.from_numpy(row.pop("tokens").values.to_numpy().astype("int64")),
+            learn=torch.from_numpy(row.pop("learn").values.to_numpy(zero_copy_only=False).copy()),
+            **{name: value.as_py() for name, value in row.items()},
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Memory maps do not travel to another process; it opens its own."""
+        return self.__dict__ | {"_open": {}}
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """Inner layers of the feature shards; None when there are no feature shards."""
+        features = self.manifest.get("features")
+        return tuple(features["layers"]) if features else None
+
+    def features(self, index: int, layers: Sequence[int] = ()) -> tuple[Features, Tensor] | None:
+        """f_t and the asked h^l_t of one example `[1, T, d]`, and logz_T; None without shards.
+
+        logz_T[t] = logsumexp of all V logits at t, in fp32: the loss turns logits over few ids into
+        exact probabilities p with it.
+        """
+        if self.layers is None:
+            return None
+        missing = sorted(set(layers) - set(self.layers))
+        if missing:
+            raise ValueError(
+                f"The feature shards in {self.folder} hold the layers {list(self.layers)}, but "
+                f"layers {missing} are asked for; capture them (dataset.capture.layers) under "
+                "another dataset name, or let the teacher run online."
+            )
+        shard = bisect_right(self._feature_starts, index) - 1
+        first = self._positions[self._feature_entries[shard]["rows"][0]]
+        rows = slice(self._positions[index] - first, self._positions[index + 1] - first)
+        file = self._file(shard)
+        final_1Td = file.get_slice("final")[rows][None]
+        inner = {k: file.get_slice(f"layer.{k}")[rows][None] for k in layers}
+        return Features(final_1Td, inner), file.get_slice("logz")[rows]
+
+    def _file(self, shard: int) -> Any:
+        if shard not in self._open:
+            path = check_shard(self.folder, self._feature_entries[shard], hashes=True)
+            self._open[shard] = safe_open(path, framework="pt", device="cpu")
+        return self._open[shard]
+
+
+def feature_shard_about(path: Path) -> dict[str, str] | None:
+    """The header of a finished feature shard; None when there is no whole one."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError:
+        return None

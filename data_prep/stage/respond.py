@@ -1,0 +1,204 @@
+"""The target answers the prompts: what it says itself is what a drafter has to predict.
+
+Finished batches are appended to `respond.jsonl.partial` and fsynced, so that a run killed at any
+moment continues where it was: batches are a function of the requests alone, a half-written last
+line is dropped, and a batch that is not complete in the journal is answered again as a whole (same
+batch, same seeds, same answers).
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from typing_extensions import TypedDict
+
+from conf.console import say
+from data_prep.conversation import prompt_id, stable_hash
+from data_prep.generate import Answer, Generator, Request
+from data_prep.progress import Progress
+from data_prep.prompts import Prompt
+from data_prep.shards import Example
+from models.target import Target
+
+JOURNAL = "respond.jsonl"
+
+
+class Sampling(TypedDict):
+    """How an answer is drawn. Temperature 0 is greedy."""
+
+    temperature: float
+    top_p: float
+
+
+def _greedy() -> list[Sampling]:
+    return [{"temperature": 0.0, "top_p": 1.0}]
+
+
+@dataclass(kw_only=True)
+class Respond:
+    """One answer per prompt and entry of `samples`, of at most `max_new_tokens` tokens.
+
+    The seed of a sample is a hash of `seed`, the prompt's id and the entry's number; it is stored
+    with the answer. `turn` says which user turn of a longer conversation is answered.
+    """
+
+    max_new_tokens: int = 256
+    samples: list[Sampling] = field(default_factory=_greedy)
+    turn: Literal["first", "last"] = "first"
+    seed: int = 0
+    batch_tokens: int = 16_384
+    max_batch: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.samples or self.max_new_tokens < 1:
+            raise ValueError(
+                f"dataset.respond has {len(self.samples)} samples of {self.max_new_tokens} tokens; "
+                "both must be at least 1, e.g. samples: [{temperature: 0, top_p: 1}]."
+            )
+
+    def generator(self, target: Target) -> Generator:
+        return Generator(target=target, batch_tokens=self.batch_tokens, max_batch=self.max_batch)
+
+    def requests(self, prompts: Sequence[Prompt]) -> list[Request]:
+        """One request per prompt and sample; with several samples, ids end in #0, #1, ..."""
+        several = len(self.samples) > 1
+        return [
+            Request(
+                id=f"{prompt.id}#{j}" if several else prompt.id,
+                tokens=prompt.tokens,
+                max_new_tokens=self.max_new_tokens,
+                temperature=float(sampling["temperature"]),
+                top_p=float(sampling["top_p"]),
+                seed=stable_hash(f"respond {self.seed} {prompt.id} {j}") % 2**31,
+            )
+            for prompt in prompts
+            for j, sampling in enumerate(self.samples)
+        ]
+
+    def run(self, target: Target, prompts: Sequence[Prompt], folder: Path) -> list[Example]:
+        """Answer what `folder`'s journal does not hold yet; examples in the prompts' order."""
+        requests = self.requests(prompts)
+        answers = self._answers(target, requests, folder)
+        categories = {p.id: p.category for p in prompts}
+        return [
+            to_example(request, answers[request.id], categories[prompt_id(request.id)])
+            for request in requests
+        ]
+
+    def _answers(
+        self, target: Target, requests: Sequence[Request], folder: Path
+    ) -> dict[str, Answer]:
+        finished = folder / JOURNAL
+        partial = folder / f"{JOURNAL}.partial"
+        header = {"target": target.fingerprint(), **asdict(self), "requests": _digest(requests)}
+        if finished.exists():
+            return read_journal(finished, header)
+        answers = read_journal(partial, header) if partial.exists() else {}
+        if answers:
+            say(f"respond: {len(answers)} of {len(requests)} answers were already there.")
+        generator = self.generator(target)
+        with Journal(partial, header) as journal:
+            total, done = len(requests), len(answers)
+            with Progress("the target answers", total=total, unit="answers", done=done) as progress:
+                for batch in generator.batches(requests):
+                    missing = {r.id for r in batch} - answers.keys()
+                    if not missing:
+                        continue
+                    made = generator.answer_batch(batch)
+                    fresh = [a for a in made if a.id in missing]
+                    journal.append(fresh, {r.id: r for r in batch})
+                    answers |= {a.id: a for a in fresh}
+                    progress.advance(len(fresh), tokens=sum(len(a.tokens) for a in made))
+        partial.rename(finished)
+        return answers
+
+
+class Journal:
+    """An append-only file of answers, one JSON line each under a header line."""
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path, self.header = path, header
+
+    def __enter__(self) -> "Journal":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab")
+        if self._file.tell() == 0:
+            self._write([self.header])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, answers: Sequence[Answer], requests: dict[str, Request]) -> None:
+        """On the disk when this returns."""
+        self._write(
+            [
+                asdict(answer)
+                | {
+                    "temperature": requests[answer.id].temperature,
+                    "top_p": requests[answer.id].top_p,
+                    "seed": requests[answer.id].seed,
+                }
+                for answer in answers
+            ]
+        )
+
+    def _write(self, lines: Sequence[dict[str, Any]]) -> None:
+        self._file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def read_journal(path: Path, header: dict[str, Any]) -> dict[str, Answer]:
+    """The answers in a journal, after cutting off a last line that was only half written.
+
+    Raises ValueError when the journal belongs to other prompts or settings, or is damaged inside.
+    """
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+            os.fsync(file.fileno())
+    lines = content[:whole].splitlines()
+    if not lines:
+        return {}
+    try:
+        parsed = [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"The journal {path} is damaged ({error}); delete it to let the target answer anew."
+        ) from error
+    differing = [k for k in header if parsed[0].get(k) != header[k]]
+    if differing:
+        raise ValueError(
+            f"The answers in {path} were made with other settings ({', '.join(differing)} differ); "
+            "go back to those settings, give the dataset another name, or delete its folder."
+        )
+    return {
+        line["id"]: Answer(line["id"], line["tokens"], line["finish_reason"]) for line in parsed[1:]
+    }
+
+
+def to_example(request: Request, answer: Answer, category: str | None) -> Example:
+    """Prompt ids followed by answer ids; exactly the answer's tokens are learned."""
+    prompt = len(request.tokens)
+    return Example(
+        id=request.id,
+        tokens=torch.tensor(request.tokens + answer.tokens),
+        learn=torch.arange(prompt + len(answer.tokens)) >= prompt,
+        category=category,
+        finish_reason=answer.finish_reason,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=request.seed,
+    )
+
+
+def _digest(requests: Sequence[Request]) -> str:
+    """Tells lists of requests apart: a journal must not be continued with other prompts."""
+    return f"{stable_hash(json.dumps([asdict(r) for r in requests])):016x}"

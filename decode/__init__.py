@@ -1,0 +1,1 @@
+"""The reference speculative decoder: small, exact, readable; what training measures itself with."""

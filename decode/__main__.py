@@ -1,0 +1,122 @@
+"""`python -m decode run=<run folder> bench=<set>`: what a finished drafter gives."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from conf.check import RUNTIME_NAMES, build, check, friendly_errors
+from conf.console import console, say
+from decode.losslessness import compare_greedy
+from decode.measure import Measurement, measure
+from decode.prompts import Bench, Prompt
+from decode.report import caption, table, write
+from decode.verifier.base import Verifier
+from models.drafter.base import Drafter, Policy
+from models.run import Run, open_run
+from models.target import Target
+
+SUPPLIED = RUNTIME_NAMES | {"accuracy_KR", "dataset_folder"}
+"""Arguments that this command fills in, so that a config need not."""
+
+
+def decode(cfg: DictConfig) -> int:
+    """Measure one run on one benchmark. Returns the exit status: 1 when below the floor."""
+    check(cfg, runtime=SUPPLIED)
+    run = open_run(cfg.run)
+    target = run.load_target(cfg.dtype)
+    drafter = run.load_drafter(target)
+    policy: Any = build(cfg.tree, accuracy_KR=_rank_accuracy(run), **_sampling(cfg))
+    verifier: Verifier = build(cfg.verifier)
+    bench: Bench = build(cfg.bench, tokenizer=target.tokenizer, dataset_folder=_dataset_folder(run))
+    prompts = bench.prompts(limit=cfg.limit, max_prompt_tokens=cfg.max_prompt_tokens)
+    measured = _measure(cfg, target, drafter, policy, verifier, prompts)
+    facts: dict[str, Any] = {
+        "command": sys.argv,
+        "run": str(run.path),
+        "config": OmegaConf.to_container(cfg, resolve=True),
+    }
+    if cfg.lossless:
+        compared = compare_greedy(
+            target=target,
+            drafter=drafter,
+            policy=build(cfg.tree, accuracy_KR=_rank_accuracy(run), temperature=0.0),
+            prompts=prompts,
+            max_new_tokens=cfg.max_new_tokens,
+        )
+        say(compared.sentence())
+        facts["lossless"] = asdict(compared)
+    console.print(table(measured, title=caption(measured, bench.name)))
+    name = f"{bench.name}-{policy.name}-T{cfg.temperature:g}"
+    folder = write(run.path / "decode" / name, measured, bench=bench.name, facts=facts)
+    say(f"Written: {folder / 'results.json'} and plot.png")
+    if cfg.floor is not None and measured.tau.value < cfg.floor:
+        say(
+            f"{measured.tau.value:.3f} tokens per step (bonus included) are below the floor of "
+            f"{cfg.floor:g} that was asked for."
+        )
+        return 1
+    return 0
+
+
+def _measure(
+    cfg: DictConfig,
+    target: Target,
+    drafter: Drafter,
+    policy: Policy,
+    verifier: Verifier,
+    prompts: list[Prompt],
+) -> Measurement:
+    columns = (
+        TextColumn("decoding"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[tau]:.2f} tokens/step"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(prompts), tau=1.0)
+        return measure(
+            target=target,
+            drafter=drafter,
+            policy=policy,
+            verifier=verifier,
+            prompts=prompts,
+            max_new_tokens=cfg.max_new_tokens,
+            baseline=cfg.baseline,
+            on_prompt=lambda done, tau: progress.update(task, completed=done, tau=tau),
+            **_sampling(cfg),
+        )
+
+
+def _sampling(cfg: DictConfig) -> dict[str, Any]:
+    return {"temperature": cfg.temperature, "top_p": cfg.top_p, "seed": cfg.seed}
+
+
+def _rank_accuracy(run: Run) -> list[list[float]] | None:
+    return run.rank_accuracy() if (run.path / "rank_accuracy.json").is_file() else None
+
+
+def _dataset_folder(run: Run) -> Path:
+    return Path(run.config.dataset.root) / run.config.dataset.name
+
+
+@hydra.main(version_base=None, config_path="pkg://conf", config_name="decode")
+def _command(cfg: DictConfig) -> None:
+    with friendly_errors():
+        status = decode(cfg)
+    if status:
+        raise SystemExit(status)
+
+
+def main() -> None:
+    """Entry point of `draft-decode`."""
+    _command()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""What a drafter gives: tokens per step, acceptance by depth, time, and what it would take to pay.
+
+One definition each (see also the report, which repeats them):
+    tau       tokens produced per target forward after the prompt, bonus token included
+    alpha_k   share of depth-k drafts accepted, given that depth k was reached
+    speed-up  seconds per token without the drafter / with it: same decoder, same prompts, same run
+    MBSU      tau * c / (c + d), c and d the weight bytes read by one target forward and one draft
+Intervals are 95 % bootstrap intervals over prompts, because tokens of one prompt are dependent.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from decode.bandwidth import count_reads, target_bytes
+from decode.prompts import Prompt
+from decode.session import Decoder, Generation
+from decode.verifier.base import Verifier
+from models.drafter.base import Drafter, Policy
+from models.target import Target
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A ratio with its 95 % bootstrap interval over prompts."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """One prompt's answer with the drafter (and, for the last two, without)."""
+
+    id: str
+    category: str | None
+    new_tokens: int
+    rounds: int
+    produced: int
+    nodes: int
+    tested_by_depth: list[int]
+    accepted_by_depth: list[int]
+    prefill_s: float
+    draft_s: float
+    target_s: float
+    verify_s: float
+    total_s: float
+    plain_new_tokens: int | None
+    plain_total_s: float | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Everything measured, JSON-able through `as_dict`.
+
+    Milliseconds are per round. `plain_ms` is one round without a drafter: one token. Break-even is
+    the tau at which decoding with this drafter, at these costs, would be as fast as without.
+    """
+
+    prompts: int
+    tokens: int
+    rounds: int
+    temperature: float
+    top_p: float
+    seed: int
+    max_new_tokens: int
+    shape: str
+    lossy: bool
+    dtype: str
+    device: str
+    tau: Estimate
+    tau_by_category: dict[str, Estimate]
+    alpha_by_depth: list[float]
+    reached_by_depth: list[int]
+    nodes_per_round: float
+    draft_ms: float
+    target_ms: float
+    verify_ms: float
+    plain_ms: float | None
+    plain_target_ms: float | None
+    speedup: Estimate | None
+    tokens_per_s: float
+    plain_tokens_per_s: float | None
+    break_even_tau: float | None
+    mbsu: float
+    target_bytes: int
+    draft_bytes: float
+    records: list[PromptRecord]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain containers for json."""
+        return asdict(self)
+
+
+def measure(
+    *,
+    target: Target,
+    drafter: Drafter,
+    policy: Policy,
+    verifier: Verifier,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    baseline: bool = True,
+    shape: str = "",
+    on_prompt: Callable[[int, float], None] | None = None,
+) -> Measurement:
+    """Decode every prompt with the drafter and, for a baseline, without.
+
+    Which of the two goes first alternates from prompt to prompt, so that a machine that slows down
+    or speeds up favours neither. `on_prompt(done, tau so far)` reports progress.
+    """
+    if not prompts:
+        raise ValueError(
+            "There is no prompt to measure on, expected at least one, because the benchmark holds "
+            "none (a data set with dataset.holdout=0, plain text) or all are longer than "
+            "max_prompt_tokens; raise that or choose another bench."
+        )
+    common: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    drafted = Decoder(target=target, drafter=drafter, verifier=verifier, policy=policy, **common)
+    plain = Decoder(target=target, drafter=None, verifier=verifier, policy=None, **common)
+    draft_bytes = _warm_up(drafted, plain if baseline else None, drafter, prompts[0])
+
+    records: list[PromptRecord] = []
+    plain_rounds: list[tuple[float, float]] = []
+    for i, prompt in enumerate(prompts):
+        order = [drafted, plain] if i % 2 == 0 else [plain, drafted]
+        made = {
+            decoder: decoder.generate(prompt.tokens, max_new_tokens=max_new_tokens)
+            for decoder in order
+            if baseline or decoder is drafted
+        }
+        records.append(_record(prompt, made[drafted], made.get(plain)))
+        if baseline:
+            plain_rounds += [
+                (r.target_s + r.draft_s + r.verify_s, r.target_s) for r in made[plain].rounds
+            ]
+        if on_prompt is not None:
+            on_prompt(i + 1, _ratio(records, _tau_parts))
+
+    rounds = max(1, sum(r.rounds for r in records))
+    tau = bootstrap(records, _tau_parts)
+    draft_ms, target_ms, verify_ms = (
+        1000 * sum(getattr(r, part) for r in records) / rounds
+        for part in ("draft_s", "target_s", "verify_s")
+    )
+    plain_ms = plain_target_ms = None
+    if plain_rounds:
+        plain_ms, plain_target_ms = (1000 * float(x) for x in np.mean(plain_rounds, axis=0))
+    depths = max(len(r.tested_by_depth) for r in records)
+    reached = [_at_depth(records, "tested_by_depth", k) for k in range(depths)]
+    accepted = [_at_depth(records, "accepted_by_depth", k) for k in range(depths)]
+    tokens, seconds = sum(r.new_tokens for r in records), sum(r.total_s for r in records)
+    c = target_bytes(target)
+    return Measurement(
+        prompts=len(records),
+        tokens=tokens,
+        rounds=rounds,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        shape=shape or str(getattr(policy, "name", type(policy).__name__)),
+        lossy=verifier.lossy,
+        dtype=str(target.dtype).removeprefix("torch."),
+        device=str(target.device),
+        tau=tau,
+        tau_by_category=_by_category(records),
+        alpha_by_depth=[a / r if r else 0.0 for a, r in zip(accepted, reached, strict=True)],
+        reached_by_depth=reached,
+        nodes_per_round=sum(r.nodes for r in records) / rounds,
+        draft_ms=draft_ms,
+        target_ms=target_ms,
+        verify_ms=verify_ms,
+        plain_ms=plain_ms,
+        plain_target_ms=plain_target_ms,
+        speedup=bootstrap(records, _speed_parts) if baseline else None,
+        tokens_per_s=tokens / seconds,
+        plain_tokens_per_s=_plain_rate(records) if baseline else None,
+        break_even_tau=(draft_ms + target_ms + verify_ms) / plain_ms if plain_ms else None,
+        mbsu=tau.value * c / (c + draft_bytes),
+        target_bytes=c,
+        draft_bytes=draft_bytes,
+        records=records,
+    )
+
+
+def bootstrap(
+    records: Sequence[PromptRecord], parts: Callable[[PromptRecord], tuple[float, ...]]
+) -> Estimate:
+    """A ratio of sums over prompts, and the interval from prompts drawn again with replacement.
+
+    `parts` gives (a, b) for sum(a) / sum(b), or (a, b, c, d) for (sum a / sum b) / (sum c / sum d).
+    """
+    table_PC = np.array([parts(r) for r in records], dtype=np.float64)
+    draws_RP = np.random.default_rng(0).integers(len(records), size=(RESAMPLES, len(records)))
+    ratios_R = _divide(table_PC[draws_RP].sum(axis=1))
+    low, high = np.quantile(ratios_R, [0.025, 0.975])
+    return Estimate(_ratio(records, parts), float(low), float(high))
+
+
+def _ratio(
+    records: Sequence[PromptRecord], parts: Callable[[PromptRecord], tuple[float, ...]]
+) -> float:
+    total_C = np.array([parts(r) for r in records], dtype=np.float64).sum(axis=0)
+    return float(_divide(total_C[None])[0])
+
+
+def _divide(sums_RC: np.ndarray) -> np.ndarray:
+    # A prompt answered by its first token alone has no rounds; max(1) keeps such a resample finite.
+    ratio_R = sums_RC[:, 0] / np.where(sums_RC[:, 1] > 0, sums_RC[:, 1], 1.0)
+    if sums_RC.shape[1] == 4:
+        ratio_R = ratio_R / (sums_RC[:, 2] / sums_RC[:, 3])
+    return ratio_R
+
+
+def _tau_parts(r: PromptRecord) -> tuple[float, ...]:
+    return r.produced, r.rounds
+
+
+def _speed_parts(r: PromptRecord) -> tuple[float, ...]:
+    """Seconds per token without / with: answers may differ in length when they are sampled."""
+    assert r.plain_total_s is not None
+    assert r.plain_new_tokens is not None
+    return r.plain_total_s, r.plain_new_tokens, r.total_s, r.new_tokens
+
+
+def _plain_rate(records: Sequence[PromptRecord]) -> float:
+    seconds = sum(r.plain_total_s or 0.0 for r in records)
+    return sum(r.plain_new_tokens or 0 for r in records) / seconds
+
+
+def _at_depth(records: Sequence[PromptRecord], field: str, depth: int) -> int:
+    counts = [getattr(r, field) for r in records]
+    return sum(c[depth] for c in counts if depth < len(c))
+
+
+def _by_category(records: Sequence[PromptRecord]) -> dict[str, Estimate]:
+    """tau of each category, best first; empty when there is only one."""
+    groups: dict[str, list[PromptRecord]] = {}
+    for record in records:
+        if record.category:
+            groups.setdefault(record.category, []).append(record)
+    if len(groups) < 2:
+        return {}
+    found = {name: bootstrap(group, _tau_parts) for name, group in groups.items()}
+    return dict(sorted(found.items(), key=lambda item: -item[1].value))
+
+
+def _record(prompt: Prompt, made: Generation, plain: Generation | None) -> PromptRecord:
+    deepest = max((r.tested for r in made.rounds), default=0)
+    seconds = made.seconds
+    return PromptRecord(
+        id=prompt.id,
+        category=prompt.category,
+        new_tokens=len(made.tokens),
+        rounds=len(made.rounds),
+        produced=sum(r.produced for r in made.rounds),
+        nodes=sum(r.nodes for r in made.rounds),
+        tested_by_depth=[sum(r.tested > k for r in made.rounds) for k in range(deepest)],
+        accepted_by_depth=[sum(r.accepted > k for r in made.rounds) for k in range(deepest)],
+        prefill_s=made.prefill_s,
+        draft_s=seconds["draft"],
+        target_s=seconds["target"],
+        verify_s=seconds["verify"],
+        total_s=made.total_s,
+        plain_new_tokens=len(plain.tokens) if plain is not None else None,
+        plain_total_s=plain.total_s if plain is not None else None,
+    )
+
+
+def _warm_up(drafted: Decoder, plain: Decoder | None, drafter: Drafter, prompt: Prompt) -> float:
+    """Pay one-time costs before the clock runs; the weight bytes one draft reads, on the way."""
+    tokens = prompt.tokens[:32]
+    with count_reads(drafter) as counter:
+        before = drafted.generate(tokens, max_new_tokens=1, stop_at_eos=False)
+        start = counter.read
+        rounds = drafted.generate(tokens, max_new_tokens=8, stop_at_eos=False).rounds
+        assert not before.rounds
+        read = counter.read - 2 * start
+    if plain is not None:
+        plain.generate(tokens, max_new_tokens=4, stop_at_eos=False)
+    return read / len(rounds)

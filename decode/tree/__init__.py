@@ -1,0 +1,1 @@
+"""Draft shapes, one a file: which children each drafted node gets."""

@@ -1,0 +1,1 @@
+"""A run becomes a checkpoint of one serving engine, proven equal to the trained drafter."""

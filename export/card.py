@@ -1,0 +1,122 @@
+"""The model card: what a drafter is, what it was made from, what it gives, how to use it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+
+from export.base import Exporter
+from export.parity import Proof
+from models.drafter.base import Drafter
+from models.run import Run
+
+UNRECORDED = "not recorded"
+
+DEFINITIONS = """\
+Tokens per step: tokens produced per target forward after the prompt, bonus token included (1.00 is
+plain decoding), with a 95 % bootstrap interval over prompts. Acceptance by depth: share of drafts
+accepted of those reached. Speed-up: wall clock of the same decoder with and without the drafter, on
+the same prompts in one run; it holds for that machine only."""
+
+
+def model_card(*, run: Run, drafter: Drafter, exporter: Exporter, proof: Proof) -> str:
+    """The text of README.md, from the run's own records."""
+    facts, config = run.facts, run.config
+    target = str(config.target.name)
+    family = type(drafter).__name__
+    stored = sum(p.numel() for p in drafter.parameters())
+    longest = drafter.max_depth or "any number of"
+    size = drafter.draft_vocab_size
+    vocabulary = "whole" if size is None else f"{size:,} of {drafter.vocab_size:,} ids"
+    recipe = yaml.safe_dump(
+        {key: OmegaConf.to_container(config[key], resolve=True) for key in ("drafter", "dataset")},
+        sort_keys=False,
+    )
+    sections = [
+        _front_matter(target),
+        f"# {family} drafter for {target}",
+        f"A draft model for speculative decoding of `{target}`, trained with Draftsmith. It "
+        "proposes tokens that the target then checks in one forward; it only works with that "
+        "target, and it writes no text by itself.",
+        "## Facts",
+        _table(
+            [
+                ("target", f"`{target}`"),
+                ("target fingerprint", f"`{facts['target'].get('fingerprint', UNRECORDED)}`"),
+                ("chat template hash", f"`{facts['target'].get('template_hash', UNRECORDED)}`"),
+                ("family", f"{family}, drafts of up to {longest} tokens"),
+                ("draft vocabulary", vocabulary),
+                ("own parameters", f"{stored:,}"),
+                ("format", f"{exporter.name} ({exporter.engine})"),
+                ("dataset", f"{config.dataset.name}, hash `{_dataset_hash(facts)}`"),
+                ("trained with", f"`{_command(facts)}`"),
+                ("revision", f"`{facts.get('revision', UNRECORDED)}`"),
+            ]
+        ),
+        f"Export proven: {proof}.",
+        "## Numbers",
+        _numbers(run.path),
+        "## How to use it",
+        exporter.usage(target=target, depths=drafter.num_depths),
+        "## Licence",
+        "The weights were trained on answers of the target, and depend on it: its licence, and "
+        "those of the prompts below, say what may be done with them.",
+        "## Recipe",
+        f"```yaml\n{recipe}```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(target: str) -> str:
+    """What the Hub reads. base_model only where the target is a Hub id."""
+    fields: dict[str, Any] = {
+        "library_name": "draftsmith",
+        "tags": ["speculative-decoding", "draft-model"],
+    }
+    is_hub_id = target.count("/") == 1 and not target.startswith((".", "/", "~", "package:"))
+    if is_hub_id and not Path(target).exists():
+        fields["base_model"] = target
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _numbers(run: Path) -> str:
+    """One row a measurement found in the run folder."""
+    head = "| prompts | temperature | draft | tokens per step | acceptance by depth | speed-up |"
+    rows = []
+    for file in sorted(run.glob("decode/*/results.json")):
+        m = json.loads(file.read_text())
+        speed = "" if m["speedup"] is None else f"{m['speedup']['value']:.2f}x"
+        alphas = " ".join(f"{a:.2f}" for a in m["alpha_by_depth"])
+        rows.append(
+            f"| {m['bench']} ({m['prompts']}) | {m['temperature']:g}{_lossy(m)} | {m['shape']} | "
+            f"{_estimate(m['tau'])} | {alphas} | {speed} ({m['dtype']}, {m['device']}) |"
+        )
+    if not rows:
+        return (
+            "Not measured yet: `python -m decode run=<run>` measures it, and a new export shows it."
+        )
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows, "", DEFINITIONS])
+
+
+def _estimate(e: dict[str, float]) -> str:
+    return f"**{e['value']:.2f}** [{e['low']:.2f}, {e['high']:.2f}]"
+
+
+def _lossy(m: dict[str, Any]) -> str:
+    return " (lossy acceptance)" if m["lossy"] else ""
+
+
+def _dataset_hash(facts: dict[str, Any]) -> str:
+    dataset = facts.get("dataset", UNRECORDED)
+    return str(dataset.get("hash", UNRECORDED) if isinstance(dataset, dict) else dataset)
+
+
+def _command(facts: dict[str, Any]) -> str:
+    command = facts.get("command", UNRECORDED)
+    return " ".join(command) if isinstance(command, list) else str(command)

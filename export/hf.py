@@ -1,0 +1,80 @@
+"""Our own format, ready for the Hugging Face Hub: config.json and model.safetensors.
+
+config.json holds the class and its constructor's arguments. Nothing of the target is stored: a
+drafter is bound to it when loaded.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from decode.tree.chain import Chain
+from export.base import Exporter, Reader
+from export.tensors import tensor_problems, vocabulary_problems
+from models.drafter.base import Drafter
+from models.drafter.load import drafter_class, load_drafter
+from models.target import Features, Target
+
+
+class HfExporter(Exporter):
+    """The drafter as `python -m decode` and `models.drafter.load` read it."""
+
+    name = "hf"
+    engine = "Draftsmith's reference decoder"
+
+    def refuse(self, drafter: Drafter) -> None:
+        """Every family can be written."""
+
+    def write(self, drafter: Drafter, folder: Path) -> None:
+        drafter.save_pretrained(folder)
+
+    def read(self, folder: Path, target: Target) -> Reader:
+        return DrafterReader(load_drafter(folder, target).to(target.dtype))
+
+    def usage(self, *, target: str, depths: int) -> str:
+        return f"""The folder is loaded with Draftsmith and bound to its target:
+
+```python
+from models.drafter.load import load_drafter
+from models.target import load_target
+
+target = load_target(name="{target}")
+drafter = load_drafter("path/to/this/folder", target)  # drafts up to {depths} tokens
+```"""
+
+
+class DrafterReader:
+    """A drafter of ours, asked for its greedy chain."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter = drafter
+
+    @torch.inference_mode()
+    def draft(self, features: Features, tokens_1T: Tensor) -> list[int]:
+        state = self.drafter.start(features, tokens_1T)
+        gamma = self.drafter.max_depth or 8
+        tree = self.drafter.propose(state, tokens_1T[0, -1], Chain(gamma=gamma))
+        return tree.tokens_N[1:].tolist()
+
+
+def problems(folder: Path) -> list[str]:
+    """What is wrong with a folder in this format."""
+    family, arguments = drafter_class(folder)
+    with torch.device("meta"):
+        empty = family(**arguments)
+    expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    file = folder / "model.safetensors"
+    found = tensor_problems(file, expected)
+    if found or "draft_ids_D" not in expected:
+        return found
+    with safe_open(file, framework="pt") as reader:
+        ids = reader.get_tensor("draft_ids_D").tolist()
+    return vocabulary_problems(ids, arguments["vocab_size"])
+
+
+def is_mine(folder: Path) -> bool:
+    """Whether config.json is in this format."""
+    return "_target_" in json.loads((folder / "config.json").read_text())

@@ -1,0 +1,1 @@
+"""Verbs around finished work: benchmarks, uploads, reports. Run as `python -m scripts.<name>`."""

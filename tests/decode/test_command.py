@@ -1,0 +1,173 @@
+"""`python -m decode` as a user runs it, on a tiny run folder; and the benchmark files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
+
+from conf.check import ConfigError, build, check
+from data_prep.shards import Example, write_tokens
+from decode.__main__ import SUPPLIED, decode
+from decode.prompts import HeldOut
+from models.drafter.medusa import Medusa
+from models.target import Target
+
+ROOT = Path(__file__).parents[2]
+HEAD = {"_target_": "models.head.own.OwnHead"}
+EVAL = ROOT.parent / "shared" / "data" / "eval"
+BENCHES = sorted(path.stem for path in (ROOT / "conf" / "bench").glob("*.yaml"))
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_module("conf", version_base=None):
+        return compose("decode", overrides=list(overrides))
+
+
+@pytest.fixture(scope="module")
+def run(target: Target, target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run: config, facts, drafter, rank accuracies and held-out examples."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    drafter = Medusa(
+        hidden_size=target.hidden_size, vocab_size=target.vocab_size, num_heads=3, head=HEAD
+    ).bind(target)
+    drafter.init_from(target)
+    drafter.save_pretrained(folder / "drafter")
+    data = folder.parent / "data" / "words"
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for i in range(6):
+        tokens = torch.randint(3, target.vocab_size, (12 + i,), generator=generator)
+        learn = torch.arange(12 + i) >= 4 + i
+        rows.append(Example(f"talk/{i}", tokens, learn, category="abc"[i % 3]))
+    rows.append(Example("talk/6", rows[0].tokens.clone(), rows[0].learn.clone(), category="a"))
+    plain = torch.ones(12, dtype=torch.bool)
+    rows.append(Example("text/0", rows[1].tokens[:12].clone(), plain, category=None))
+    splits = {"val": {"tokens": write_tokens(data / "val", rows, 99), "features": []}}
+    (data / "manifest.json").write_text(json.dumps({"splits": splits}))
+    config = {
+        "target": {
+            "_target_": "models.target.load_target",
+            "name": str(target_dir),
+            "dtype": "float32",
+        },
+        "dataset": {"root": str(data.parent), "name": "words"},
+    }
+    (folder / ".hydra").mkdir()
+    OmegaConf.save(OmegaConf.create(config), folder / ".hydra" / "config.yaml")
+    facts = {
+        "fingerprint": target.fingerprint(),
+        "template_hash": target.template_hash(),
+    }
+    (folder / "run.json").write_text(json.dumps({"target": facts, "finished": True}))
+    accuracy = [[0.3, 0.2, 0.1]] * 3
+    (folder / "rank_accuracy.json").write_text(json.dumps({"accuracy": accuracy, "positions": 9}))
+    return folder
+
+
+def test_held_out_prompts_end_before_the_first_learned_token(run: Path) -> None:
+    folder = run.parent / "data" / "words"
+    prompts = HeldOut(dataset_folder=folder).prompts(limit=None, max_prompt_tokens=7)
+    # talk/6 asks the same as talk/0, text/0 asks nothing, talk/4 and talk/5 are too long.
+    assert [p.id for p in prompts] == ["talk/0", "talk/1", "talk/2", "talk/3"]
+    assert [len(p.tokens) for p in prompts] == [4, 5, 6, 7]
+    assert [p.category for p in prompts] == ["a", "b", "c", "a"]
+    assert len(HeldOut(dataset_folder=folder).prompts(limit=2, max_prompt_tokens=None)) == 2
+    with pytest.raises(ValueError, match="name another bench"):
+        HeldOut(dataset_folder=run).prompts(limit=None, max_prompt_tokens=None)
+
+
+def test_the_command_reports_and_keeps_to_the_floor(run: Path) -> None:
+    command = [sys.executable, "-m", "decode", f"run={run}", "max_new_tokens=12", "lossless=true"]
+    made = subprocess.run(
+        [*command, "tree=static", "tree.nodes=7", "floor=9"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert made.returncode == 1, made.stderr
+    assert "below the floor of 9" in made.stderr
+    assert "bonus token included" in made.stderr
+    results = json.loads((run / "decode" / "heldout-tree7-T0" / "results.json").read_text())
+    assert results["prompts"] == 6
+    assert results["lossless"]["identical"] == 6
+    assert results["config"]["tree"]["nodes"] == 7
+    assert 1.0 <= results["tau"]["value"] <= 4.0
+    assert (run / "decode" / "heldout-tree7-T0" / "plot.png").is_file()
+
+
+def test_sampling_and_a_reached_floor(run: Path) -> None:
+    cfg = composed(
+        f"run={run}", "temperature=0.8", "tree.gamma=3", "max_new_tokens=8", "floor=1", "limit=2"
+    )
+    assert decode(cfg) == 0
+    assert decode(cfg) == 0  # a second report stands beside the first
+    names = {p.name for p in (run / "decode").glob("heldout-chain3-T0.8*")}
+    assert names == {"heldout-chain3-T0.8", "heldout-chain3-T0.8-2"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["verifier=typical"], "verifier.lossy=true"),
+        (["verifier=greedy", "temperature=1"], "use verifier=sampling"),
+        (["tree.gamma=9"], "set tree.gamma=3 or less"),
+        (["tree.gamma=x"], "tree.gamma=x"),
+        (["max_prompt_tokens=2"], "no prompt to measure on"),
+    ],
+)
+def test_user_errors_are_one_sentence(run: Path, overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        decode(composed(f"run={run}", *overrides))
+
+
+def test_a_missing_run_is_a_sentence_and_status_2() -> None:
+    made = subprocess.run(
+        [sys.executable, "-m", "decode", "run=nowhere"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert made.returncode == 2
+    assert "not a finished run" in made.stderr
+    assert "Traceback" not in made.stderr
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_every_bench_composes_and_is_called_like_its_file(name: str) -> None:
+    cfg = composed("run=x", f"bench={name}")
+    assert cfg.bench.name == name
+    if name == "file":
+        with pytest.raises(ConfigError, match="path"):
+            check(cfg, runtime=SUPPLIED)
+        cfg = composed("run=x", "bench=file", "bench.sources.0.path=mine.jsonl")
+    check(cfg, runtime=SUPPLIED)
+
+
+@pytest.mark.parametrize("tree", ["chain", "static"])
+@pytest.mark.parametrize("verifier", ["greedy", "sampling", "typical"])
+def test_every_tree_and_verifier_composes(tree: str, verifier: str) -> None:
+    check(composed("run=x", f"tree={tree}", f"verifier={verifier}"), runtime=SUPPLIED)
+
+
+@pytest.mark.skipif(not EVAL.is_dir(), reason=f"benchmark files are not in {EVAL}")
+@pytest.mark.parametrize(
+    ("name", "count"), [("gsm8k", 1319), ("spec_bench", 480), ("alpaca", 80), ("vicuna", 80)]
+)
+def test_benchmarks_read_whole(
+    target: Target, monkeypatch: pytest.MonkeyPatch, name: str, count: int
+) -> None:
+    monkeypatch.setenv("DRAFTSMITH_DATA", str(EVAL.parent))
+    bench = build(composed("run=x", f"bench={name}").bench, tokenizer=target.tokenizer)
+    prompts = bench.prompts(limit=None, max_prompt_tokens=None)
+    assert len(prompts) == count
+    assert len({p.id for p in prompts}) == count
+    few = {p.id for p in bench.prompts(limit=7, max_prompt_tokens=None)}
+    assert len(few) == 7
+    assert few < {p.id for p in prompts}

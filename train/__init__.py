@@ -1,0 +1,1 @@
+"""Train a drafter: shards in, a run folder out."""

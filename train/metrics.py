@@ -1,0 +1,154 @@
+"""What validation measures, teacher-forced, over every held-out position that counts.
+
+    agreement_k  share of positions where the draft's argmax is the target's argmax
+    overlap_k    mean of sum_v min(p_v, q_v), p over the full vocabulary: the chance that a draft
+                 sampled from q is accepted
+    top10_k      share of positions whose label is among the draft's ten best (the sum over ranks of
+                 rank_accuracy)
+    tau          1 + mean over positions t of sum_k prod_{i<=k} [draft i at t agrees]: tokens per
+                 step of a greedy chain, bonus token included, were the drafts before always fed
+                 with true tokens
+
+Shape legend: K depths, R ranks, B sequences, T positions, U teacher positions, N rows, n chunk
+rows, D draft vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.drafter.base import Depth
+from train.chunked import Lesson, rows_of
+from train.losses import RowLoss, Rows
+from train.teacher import Teacher
+
+RANKS = 10
+UNLIMITED_CHAIN = 8
+"""Chain length of the tau estimate for a drafter without a longest draft."""
+
+
+@dataclass
+class Tally:
+    """Sums over positions; two tallies add up, over batches and over ranks."""
+
+    count_K: Tensor
+    loss_K: Tensor
+    agree_K: Tensor
+    overlap_K: Tensor
+    rank_KR: Tensor
+    chain: Tensor
+    """[number of positions t, sum of accepted chain lengths]"""
+
+    @staticmethod
+    def empty(depths: int, device: torch.device) -> "Tally":
+        zeros_K = torch.zeros(depths, dtype=torch.float64, device=device)
+        ranks_KR = torch.zeros(depths, RANKS, dtype=torch.float64, device=device)
+        return Tally(
+            zeros_K, zeros_K.clone(), zeros_K.clone(), zeros_K.clone(), ranks_KR, zeros_K.new_zeros(2)
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Every sum, for adding and reducing in place."""
+        return [
+            self.count_K, self.loss_K, self.agree_K, self.overlap_K, self.rank_KR, self.chain
+        ]  # fmt: skip
+
+    def rank_accuracy(self) -> list[list[float]]:
+        """a_k(r): share of positions whose label is the draft's rank-r token at depth k."""
+        return (self.rank_KR / self.count_K.clamp(min=1)[:, None]).tolist()
+
+    def summary(self, depth_decay: float) -> dict[str, float]:
+        """Named numbers. The loss weighs depths and normalises as in training."""
+        count_K = self.count_K.clamp(min=1)
+        weights_K = depth_decay ** torch.arange(len(count_K), device=count_K.device)
+        numbers = {
+            "loss": float((weights_K * self.loss_K / count_K).sum()),
+            "tau": 1.0 + float(self.chain[1] / self.chain[0].clamp(min=1)),
+        }
+        for name, sums_K in (
+            ("agreement", self.agree_K),
+            ("overlap", self.overlap_K),
+            ("top10", self.rank_KR.sum(-1)),
+        ):
+            for k, share in enumerate((sums_K / count_K).tolist()):
+                numbers[f"{name}_{k}"] = share
+        return numbers
+
+
+@torch.no_grad()
+def tally_batch(
+    *,
+    depths: Sequence[Depth],
+    lesson: Lesson,
+    loss: RowLoss,
+    teacher: Teacher,
+    draft_ids_D: Tensor | None,
+    chunk_rows: int,
+    max_depth: int | None,
+) -> Tally:
+    """Measure one batch, chunk by chunk. The drafter's head runs in fp32: bf16 logits have ties."""
+    tally = Tally.empty(len(depths), lesson.index_U.device)
+    U = len(lesson.index_U)
+    agrees_KU = torch.zeros(len(depths), U, dtype=torch.bool, device=lesson.index_U.device)
+    counts_KU = torch.zeros_like(agrees_KU)
+    rows_K = [rows_of(depth, lesson) for depth in depths]
+    for start in range(0, U, chunk_rows):
+        stop = min(start + chunk_rows, U)
+        final_nd = lesson.final_Ud[start:stop]
+        logz_n, best_n = teacher.full(final_nd)
+        target = teacher.rows(final_nd, logz_n)
+        for k, (depth, (state_N, teacher_N)) in enumerate(zip(depths, rows_K, strict=True)):
+            inside_N = (teacher_N >= start) & (teacher_N < stop)
+            at_n, taught_n = state_N[inside_N], teacher_N[inside_N] - start
+            label_n = lesson.label_U[start:stop][taught_n]
+            own = target.take(taught_n)
+            with torch.autocast(at_n.device.type, enabled=False):
+                logits_nD = depth.head(depth.states_BNd.flatten(0, 1)[at_n].float())
+                logq_nD = F.log_softmax(logits_nD.float(), dim=-1)
+                tally.loss_K[k] += loss(Rows(logq_nD, label_n, own)).sum()
+                tally.overlap_K[k] += torch.minimum(own.p_ND, logq_nD.exp()).sum()
+            top_nR = logq_nD.topk(min(RANKS, logq_nD.shape[-1])).indices
+            hits_R = (top_nR == label_n[:, None]).sum(0)
+            tally.rank_KR[k, : len(hits_R)] += hits_R
+            drafted_n = top_nR[:, 0] if draft_ids_D is None else draft_ids_D[top_nR[:, 0]]
+            tally.count_K[k] += len(at_n)
+            agrees_KU[k, taught_n + start] = drafted_n == best_n[taught_n]
+            counts_KU[k, taught_n + start] = True
+    tally.agree_K += agrees_KU.sum(-1)
+    tally.chain += chain_lengths(depths, lesson, agrees_KU, counts_KU, max_depth)
+    return tally
+
+
+def chain_lengths(
+    depths: Sequence[Depth],
+    lesson: Lesson,
+    agrees_KU: Tensor,
+    counts_KU: Tensor,
+    max_depth: int | None,
+) -> Tensor:
+    """[positions t, sum over them of sum_k prod_{i<=k} agree].
+
+    Draft k of a chain that starts at t is taught at position u = t+1+k. It comes from depth k, or
+    from the last depth for families that go on with it (a recurrent family has one depth for all).
+    Positions t are those whose first draft counts; drafts past the last token to learn count as
+    refused, because there is nothing to accept.
+    """
+    B, T = lesson.shape
+    grid_KBT = torch.zeros(len(depths), B * T, dtype=torch.bool, device=agrees_KU.device)
+    grid_KBT[:, lesson.index_U] = agrees_KU
+    grid_KBT = grid_KBT.view(len(depths), B, T)
+    starts_BT = torch.zeros(B * T, dtype=torch.bool, device=agrees_KU.device)
+    starts_BT[lesson.index_U] = counts_KU[0]
+    # Index u = t+1 stands for t: shift everything left by the depth's k.
+    alive_BT = starts_BT.view(B, T)
+    length = torch.zeros((), dtype=torch.float64, device=agrees_KU.device)
+    for k in range(max_depth or UNLIMITED_CHAIN):
+        ahead_BT = torch.zeros_like(alive_BT)
+        if k < T:
+            ahead_BT[:, : T - k] = grid_KBT[min(k, len(depths) - 1)][:, k:]
+        alive_BT = alive_BT & ahead_BT
+        length += alive_BT.sum()
+    return torch.stack([starts_BT.sum().double(), length])

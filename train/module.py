@@ -1,0 +1,178 @@
+"""The one LightningModule: any drafter, any row loss, any teacher."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from models.drafter.base import Depth, Drafter
+from models.target import Features
+from train.chunked import Lesson, LossSums, chunked_loss, make_lesson
+from train.data import Batch
+from train.losses import RowLoss
+from train.metrics import Tally, tally_batch
+from train.teacher import Teacher
+
+
+class DraftModule(LightningModule):
+    """Unrolls a drafter on the teacher's features and descends sum_k lambda^k loss_k.
+
+    The loss is divided by the number of tokens to learn in the whole optimizer step (all
+    micro-batches, all ranks), so that accumulation and the number of processes change nothing.
+    The target is not a sub-module: it is in no checkpoint and no optimizer.
+    """
+
+    def __init__(
+        self,
+        *,
+        drafter: Drafter,
+        teacher: Teacher,
+        loss: RowLoss,
+        make_optimizer: Callable[[list[dict[str, Any]]], Optimizer],
+        make_scheduler: Callable[[Optimizer], LRScheduler],
+        depth_decay: float = 1.0,
+        chunk_rows: int = 1024,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.drafter = drafter
+        self.teacher = teacher
+        self.loss = loss
+        self.depth_decay = depth_decay
+        self.chunk_rows = chunk_rows
+        self.seed = seed
+        self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
+        self.tally = Tally.empty(drafter.num_depths, torch.device("cpu"))
+        self._step_sums: list[Tensor] = []
+        teacher.set_vocab(drafter.draft_ids_D)
+
+    # --- one batch -------------------------------------------------------------------------------
+
+    def prepare(self, batch: Batch) -> tuple[list[Depth], Lesson]:
+        """Drafter states at every depth, and what they are taught."""
+        features, logz_BT = self.teacher.features(batch, self.drafter.feature_layers)
+        features = self._in_step_dtype(features)
+        lesson = make_lesson(
+            tokens_BT=batch.tokens_BT,
+            learn_BT=batch.learn_BT,
+            final_BTd=features.final_BTd,
+            logz_BT=logz_BT,
+            draft_ids_D=self.drafter.draft_ids_D,
+            vocab_size=self.drafter.vocab_size,
+        )
+        return list(self.drafter.unroll(features, batch.tokens_BT)), lesson
+
+    def _in_step_dtype(self, features: Features) -> Features:
+        """fp32 training reads fp32 features; autocast casts what it multiplies by itself."""
+        device = self.device.type
+        return features if torch.is_autocast_enabled(device) else features.to(self.drafter.dtype)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        depths, lesson = self.prepare(batch)
+        sums = chunked_loss(
+            depths=depths,
+            lesson=lesson,
+            loss=self.loss,
+            projection=self.teacher,
+            depth_decay=self.depth_decay,
+            chunk_rows=self.chunk_rows,
+        )
+        self._report(sums, batch)
+        # Lightning divides by the micro-batches of a step and averages over ranks; the normaliser
+        # already covers both.
+        return sums.total * (self._shares / batch.normalizer)
+
+    @property
+    def _shares(self) -> int:
+        return self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Dropout depends on (seed, rank, micro-batch) alone, so a resumed run draws the same."""
+        assert batch.index == self.trainer.fit_loop.total_batch_idx, "the sampler lost its place"
+        mixed = np.random.SeedSequence([self.seed, self.global_rank, batch.index])
+        torch.manual_seed(int(mixed.generate_state(1)[0]))
+
+    def _report(self, sums: LossSums, batch: Batch) -> None:
+        """Log per optimizer step, over all its micro-batches and ranks."""
+        device = sums.loss_K.device
+        self._step_sums.append(torch.stack([sums.loss_K, sums.right_K, sums.count_K.to(device)]))
+        if not batch.ends_step:
+            return
+        total_3K = torch.stack(self._step_sums).sum(0)
+        self._step_sums.clear()
+        if self.trainer.world_size > 1:
+            total_3K = self.trainer.strategy.reduce(total_3K, reduce_op="sum")
+        loss_K, right_K, count_K = total_3K
+        weights_K = self.depth_decay ** torch.arange(len(loss_K), device=device)
+        numbers = {"train/loss": (weights_K * loss_K).sum() / batch.normalizer}
+        accuracy_K = right_K / count_K.clamp(min=1)
+        for k in range(len(loss_K)):
+            numbers[f"train/loss_{k}"] = loss_K[k] / batch.normalizer
+            numbers[f"train/accuracy_{k}"] = accuracy_K[k]
+        numbers["train/lr"] = torch.tensor(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        # "step" tells loggers which step this is: the number of finished steps, this one included.
+        numbers["step"] = torch.tensor(float(self.global_step + 1))
+        numbers["epoch"] = torch.tensor(batch.epoch)
+        self.log_dict(numbers, batch_size=len(batch.tokens_BT))
+
+    # --- validation ------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self.tally = Tally.empty(self.drafter.num_depths, self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        depths, lesson = self.prepare(batch)
+        measured = tally_batch(
+            depths=depths,
+            lesson=lesson,
+            loss=self.loss,
+            teacher=self.teacher,
+            draft_ids_D=self.drafter.draft_ids_D,
+            chunk_rows=self.chunk_rows,
+            max_depth=self.drafter.max_depth,
+        )
+        for total, part in zip(self.tally.tensors(), measured.tensors(), strict=True):
+            total += part
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.world_size > 1:
+            for total in self.tally.tensors():
+                total.copy_(self.trainer.strategy.reduce(total, reduce_op="sum"))  # type: ignore[arg-type]
+        numbers = {f"val/{k}": v for k, v in self.tally.summary(self.depth_decay).items()}
+        numbers["step"] = float(self.global_step)
+        self.log_dict(numbers)
+
+    # --- optimisation ----------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._make_optimizer(parameter_groups(self.drafter))
+        scheduler = self._make_scheduler(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,  # noqa: ARG002
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,  # noqa: ARG002
+    ) -> None:
+        """By the global norm. (Lightning refuses fused optimizers here, for fp16's sake.)"""
+        if gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Trained parameters: matrices with weight decay; norms, biases and other vectors without."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2]},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

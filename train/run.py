@@ -1,0 +1,256 @@
+"""One training run, from a composed config to a run folder with a drafter and its numbers.
+
+    <run>/.hydra/config.yaml      the composed config
+    <run>/run.json                command, revision, versions, data and target hashes, drafter, results
+    <run>/metrics.csv             every logged step
+    <run>/checkpoints/            last.ckpt, previous.ckpt, best/ (a drafter folder)
+    <run>/drafter/                the best drafter: config.json, model.safetensors
+    <run>/rank_accuracy.json      how often each rank is right at each depth (for static trees)
+    <run>/decode/heldout-*/       tokens per step on held-out prompts
+"""
+
+import json
+import logging
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from omegaconf import DictConfig
+
+from conf.check import RUNTIME_NAMES, build, check
+from conf.console import console, say
+from data_prep.pipeline import Dataset, DatasetFolder
+from data_prep.shards import ShardReader
+from decode.measure import measure
+from decode.prompts import HeldOut
+from decode.report import caption, table, write
+from decode.verifier.sampling import Sampling
+from models.drafter.base import Drafter
+from models.drafter.load import load_drafter
+from models.target import Target
+from models.vocab import choose_vocab, count_tokens
+from train.callbacks import BEST, Checkpoints
+from train.data import TrainData
+from train.losses import RowLoss
+from train.module import DraftModule
+from train.record import facts, point_latest, write_config, write_json
+from train.resume import ResumePoint, find_checkpoint, read_config
+from train.teacher import Teacher
+
+SUPPLIED = RUNTIME_NAMES | {
+    "accuracy_KR",
+    "callbacks",
+    "data",
+    "loggers",
+    "run_dir",
+    "resume_step",
+    "seed",
+    "train",
+    "val",
+}
+"""Arguments that this command fills in, so that a config need not."""
+
+
+def train(cfg: DictConfig, run_dir: Path) -> Path:
+    """Train, or continue what lies in `run_dir` when `cfg.resume` names it. Returns the folder."""
+    if cfg.resume is not None:
+        run_dir = Path(cfg.resume)
+        cfg = read_config(run_dir)
+        point = find_checkpoint(run_dir)
+        say(f"Resuming {run_dir} after step {point.step}.")
+    else:
+        point = ResumePoint(None)
+    check(cfg, runtime=SUPPLIED)
+    _quieten()
+    dataset: Dataset = build(cfg.dataset)
+    target: Target = build(cfg.target)
+    if cfg.resume is None and point.path is None:
+        write_config(run_dir, cfg)
+    folder = dataset.prepare(target)
+    job = _assemble(cfg, run_dir, target, folder, point)
+    write_json(run_dir / "run.json", job.facts | {"finished": False})
+    say(f"Run folder: {run_dir}")
+    job.trainer.fit(
+        job.module, datamodule=job.data, ckpt_path=point.path, weights_only=True
+    )
+    results = _finish(job, run_dir)
+    if cfg.final_decode is not None and job.trainer.is_global_zero:
+        results |= _decode(cfg, run_dir, target, folder)
+    if job.trainer.is_global_zero:
+        write_json(run_dir / "run.json", job.facts | {"results": results, "finished": True})
+        point_latest(run_dir)
+        say(f"Finished: {run_dir}")
+    return run_dir
+
+
+@dataclass(frozen=True)
+class _Job:
+    module: DraftModule
+    data: TrainData
+    trainer: pl.Trainer
+    checkpoints: Checkpoints | None
+    facts: dict[str, Any]
+
+
+def _assemble(
+    cfg: DictConfig, run_dir: Path, target: Target, folder: DatasetFolder, point: ResumePoint
+) -> _Job:
+    """Everything a run is made of."""
+    readers = folder.reader("train"), folder.reader("val")
+    # The drafter's random weights depend on the seed alone, not on what was computed before.
+    torch.manual_seed(cfg.seed)
+    drafter = make_drafter(cfg.drafter, target)
+    coverage = choose_draft_vocab(drafter, readers[0], target)
+    drafter.bind(target)
+    drafter.init_from(target)
+    drafter.to(target.device)
+    teacher: Teacher = build(cfg.teacher, target=target)
+    for reader in readers:
+        teacher.choose_source(reader, drafter.feature_layers)
+    data: TrainData = build(
+        cfg.data,
+        train=readers[0],
+        val=readers[1],
+        seed=cfg.seed,
+        epochs=cfg.trainer.get("epochs"),
+        max_steps=cfg.trainer.get("max_steps"),
+        accumulate=cfg.trainer.get("accumulate", 1),
+        online=teacher.online,
+        layers=drafter.feature_layers,
+        num_depths=drafter.num_depths,
+        reads_history=drafter.reads_history,
+    )
+    loss: RowLoss = build(cfg.loss)
+    module = DraftModule(
+        drafter=drafter,
+        teacher=teacher,
+        loss=loss,
+        depth_decay=cfg.depth_decay,
+        seed=cfg.seed,
+        make_optimizer=lambda groups: build(cfg.optimizer, params=groups),
+        make_scheduler=lambda optimizer: build(
+            cfg.scheduler, optimizer=optimizer, total_steps=data.total_steps
+        ),
+    )
+    callbacks = list((build(cfg.callbacks, run_dir=run_dir) or {}).values())
+    loggers = build(
+        cfg.logger, run_dir=run_dir, save_dir=str(run_dir), resume_step=point.step
+    )
+    trainer: pl.Trainer = build(
+        cfg.trainer,
+        target=target,
+        data=data,
+        run_dir=run_dir,
+        callbacks=callbacks,
+        loggers=list((loggers or {}).values()),
+    )
+    about = facts(target=target, drafter=drafter, dataset_hash=folder.hash, coverage=coverage)
+    keepers = [c for c in callbacks if isinstance(c, Checkpoints)]
+    return _Job(module, data, trainer, keepers[0] if keepers else None, about)
+
+
+def make_drafter(node: Any, target: Target) -> Drafter:
+    """Build a drafter for this target: its sizes come from the target, the rest from the config."""
+    return build(
+        node,
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        target_shape=target.layer_shape,
+    )
+
+
+def choose_draft_vocab(drafter: Drafter, reader: ShardReader, target: Target) -> float:
+    """The most frequent tokens to learn of the training split; returns their share of all."""
+    if drafter.draft_vocab_size is None:
+        return 1.0
+    counts_V = torch.zeros(target.vocab_size, dtype=torch.long)
+    for i in range(len(reader)):
+        example = reader[i]
+        counts_V += count_tokens(example.tokens, example.learn, target.vocab_size)
+    ids_D, coverage = choose_vocab(counts_V, drafter.draft_vocab_size, required=target.eos_ids)
+    drafter.set_vocab(ids_D)
+    say(
+        f"Draft vocabulary: {len(ids_D):,} of {target.vocab_size:,} tokens, which are "
+        f"{coverage:.2%} of the answer tokens to learn."
+    )
+    return coverage
+
+
+def _finish(job: _Job, run_dir: Path) -> dict[str, Any]:
+    """Validate the last drafter, keep the best one, and measure its ranks."""
+    keeper = job.checkpoints
+    last = job.data.total_steps
+    if keeper is None or keeper.validated_step != last:
+        job.trainer.validate(job.module, datamodule=job.data, verbose=False)
+    if keeper is not None and keeper.best_step not in (None, last):
+        best = load_drafter(keeper.folder / BEST, job.module.teacher.target)
+        job.module.drafter.load_state_dict(best.state_dict())
+        say(f"The drafter of step {keeper.best_step} had the best {keeper.monitor}: it is kept.")
+        job.trainer.validate(job.module, datamodule=job.data, verbose=False)
+    if job.trainer.is_global_zero:
+        fresh = run_dir / "drafter.tmp"
+        shutil.rmtree(fresh, ignore_errors=True)
+        job.module.drafter.save_pretrained(fresh)
+        shutil.rmtree(run_dir / "drafter", ignore_errors=True)
+        fresh.rename(run_dir / "drafter")
+        tally = job.module.tally
+        write_json(
+            run_dir / "rank_accuracy.json",
+            {"accuracy": tally.rank_accuracy(), "positions": int(tally.count_K[0])},
+        )
+    numbers = job.module.tally.summary(job.module.depth_decay)
+    return {"step": keeper.best_step if keeper else last, "val": numbers}
+
+
+def _decode(
+    cfg: DictConfig, run_dir: Path, target: Target, folder: DatasetFolder
+) -> dict[str, Any]:
+    """Tokens per step of the saved drafter on held-out prompts, by the reference decoder."""
+    settings = cfg.final_decode
+    accuracy = json.loads((run_dir / "rank_accuracy.json").read_text())["accuracy"]
+    prompts = HeldOut(dataset_folder=folder.path).prompts(
+        limit=settings.limit, max_prompt_tokens=settings.max_prompt_tokens
+    )
+    if not prompts:
+        say("The validation split holds no prompt to decode: tokens per step were not measured.")
+        return {}
+    policy: Any = build(settings.tree, accuracy_KR=accuracy, temperature=0.0)
+    measured = measure(
+        target=target,
+        drafter=load_drafter(run_dir / "drafter", target).to(target.dtype),
+        policy=policy,
+        verifier=Sampling(),
+        prompts=prompts,
+        max_new_tokens=settings.max_new_tokens,
+        baseline=settings.baseline,
+    )
+    console.print(table(measured, title=caption(measured, "heldout")))
+    where = write(
+        run_dir / "decode" / f"heldout-{policy.name}-T0",
+        measured,
+        bench="heldout",
+        facts={"run": str(run_dir)},
+    )
+    say(
+        f"{measured.tau} tokens per step (bonus included) on {measured.prompts} held-out prompts, "
+        f"greedy, {policy.name}; report in {where}."
+    )
+    return {"tau": measured.tau.value, "tau_interval": [measured.tau.low, measured.tau.high]}
+
+
+def _quieten() -> None:
+    """Lightning's own banner and advice say nothing that ours does not."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for pattern in (
+        r"The '.*_dataloader' does not have many workers",
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        r"The number of training batches .* is smaller than the logging interval",
+        r"Checkpoint directory .* exists and is not empty",
+        r"Trying to infer the `batch_size`",
+        r"GPU available but not used",
+    ):
+        warnings.filterwarnings("ignore", message=pattern)

@@ -1,0 +1,128 @@
+"""The teacher: the target's features and its distribution p, from shards or computed in the step.
+
+From shards: f_t (and inner layers) and logZ_t are read from disk. Online: the target runs inside the
+training step and logZ is computed for the positions that count, in chunks of the vocabulary.
+
+Shape legend: B sequences, S context positions, T positions of the training window, n rows,
+d hidden size, V target vocabulary, D draft vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from conf.console import say
+from data_prep.shards import ShardReader
+from models.target import Features, Target
+from train.data import Batch
+from train.losses import TargetRows
+
+
+class Teacher:
+    """Knows p = softmax(W f) over the full vocabulary, and log p at the draft ids.
+
+    `source` is "shards" (refuses a dataset without feature shards), "online", or "auto": shards
+    where the dataset has them with the layers the drafter reads, else online, and says which.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: Target,
+        source: Literal["auto", "online", "shards"] = "auto",
+        vocab_chunk: int = 8192,
+    ) -> None:
+        self.target = target
+        self.source = source
+        self.vocab_chunk = vocab_chunk
+        self.online = source != "shards"
+        self._weight_Dd: Tensor | None = None
+        self._bias_D: Tensor | None = None
+        self._draft_ids_D: Tensor | None = None
+
+    def choose_source(self, reader: ShardReader, layers: tuple[int, ...]) -> None:
+        """Decide between shards and online, or refuse what was asked for."""
+        stored = reader.layers
+        usable = stored is not None and set(layers) <= set(stored)
+        if self.source == "shards" and not usable:
+            what = "has no feature shards" if stored is None else f"holds layers {list(stored)}"
+            raise ValueError(
+                f"teacher.source=shards needs feature shards with the final hidden state and "
+                f"layers {list(layers)}, but the dataset in {reader.folder} {what}; capture them "
+                "(dataset.capture) or use teacher=online."
+            )
+        self.online = self.source == "online" or not usable
+        if self.source == "auto":
+            where = "computed in every step (no feature shards)" if self.online else "from shards"
+            say(f"Teacher: the target's features are {where}.")
+
+    def set_vocab(self, draft_ids_D: Tensor | None) -> None:
+        """Restrict p to these ids (None: all of them)."""
+        self._draft_ids_D = draft_ids_D
+        self._weight_Dd, self._bias_D = self._head_rows(
+            slice(None) if draft_ids_D is None else draft_ids_D
+        )
+
+    @torch.no_grad()
+    def features(
+        self, batch: Batch, layers: tuple[int, ...]
+    ) -> tuple[Features, Tensor | None]:
+        """Features over the training window, and logZ where it is stored."""
+        if batch.features is not None:
+            return batch.features, batch.logz_BT
+        assert batch.context_BS is not None, "a batch has either features or the whole context"
+        B, T = batch.tokens_BT.shape
+        S = batch.context_BS.shape[1]
+        # The target itself runs in its own dtype. Right padding, so no mask is needed: a position
+        # never sees what follows it.
+        with torch.autocast(self.target.device.type, enabled=False):
+            whole = self.target.forward(batch.context_BS, layers=layers)
+        if S == T:
+            return whole, None
+        window_BT = batch.start_B[:, None] + torch.arange(T, device=batch.start_B.device)
+        rows_B1 = torch.arange(B, device=batch.start_B.device)[:, None]
+        return whole[rows_B1, window_BT.clamp(max=S - 1)], None
+
+    @torch.no_grad()
+    def rows(self, final_nd: Tensor, logz_n: Tensor | None) -> TargetRows:
+        """log p at the draft ids: W[ids] f - logZ, fp32, full-vocabulary probabilities."""
+        assert self._weight_Dd is not None, "set_vocab comes before rows"
+        with torch.autocast(final_nd.device.type, enabled=False):
+            logits_nD = self._logits(final_nd, self._weight_Dd, self._bias_D)
+            if logz_n is None:
+                own = self._draft_ids_D is None
+                logz_n = logits_nD.logsumexp(-1) if own else self.full(final_nd)[0]
+            # In place: the fp32 copy is ours. Finite, so that p log p is 0 for forbidden ids.
+            return TargetRows(logits_nD.sub_(logz_n[:, None]).clamp_(min=-1e4))
+
+    @torch.no_grad()
+    def full(self, final_nd: Tensor) -> tuple[Tensor, Tensor]:
+        """logZ and argmax of all V logits, `[n]` each, with [n, vocab_chunk] logits alive."""
+        logz_n = torch.full((len(final_nd),), float("-inf"), device=final_nd.device)
+        best_n, argmax_n = logz_n.clone(), torch.zeros_like(logz_n, dtype=torch.long)
+        with torch.autocast(final_nd.device.type, enabled=False):
+            for start, logits_nc in self._vocabulary(final_nd):
+                logz_n = torch.logaddexp(logz_n, logits_nc.logsumexp(-1))
+                top_n, where_n = logits_nc.max(-1)
+                better_n = top_n > best_n
+                argmax_n = torch.where(better_n, where_n + start, argmax_n)
+                best_n = torch.where(better_n, top_n, best_n)
+        return logz_n, argmax_n
+
+    def _vocabulary(self, final_nd: Tensor) -> Iterator[tuple[int, Tensor]]:
+        for start in range(0, self.target.vocab_size, self.vocab_chunk):
+            weight_cd, bias_c = self._head_rows(slice(start, start + self.vocab_chunk))
+            yield start, self._logits(final_nd, weight_cd, bias_c)
+
+    def _head_rows(self, ids: Tensor | slice) -> tuple[Tensor, Tensor | None]:
+        bias_V = getattr(self.target.model.get_output_embeddings(), "bias", None)
+        return self.target.head_weight_Vd[ids], None if bias_V is None else bias_V[ids]
+
+    def _logits(self, final_nd: Tensor, weight_cd: Tensor, bias_c: Tensor | None) -> Tensor:
+        """The target's own logits (soft-capped as it does) at some ids, as fp32."""
+        logits_nc = F.linear(final_nd.to(weight_cd.dtype), weight_cd, bias_c).float()
+        cap = getattr(self.target.config, "final_logit_softcapping", None)
+        return torch.tanh(logits_nc / cap) * cap if cap else logits_nc
