@@ -9,29 +9,21 @@ node is called, which may be minutes later.
 import dataclasses
 import difflib
 import functools
-import importlib
 import inspect
 import json
 import os
-import types
-import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.errors import PydanticUserError
 
 from conf import schema
 from conf.console import console
+from conf.signature import ConfigError, locate, type_complaint, type_hints
 
 __all__ = ["ConfigError", "build", "check", "friendly_errors", "schema"]
-
-OUR_PACKAGES = ("models", "data_prep", "decode", "train", "export")
-LIBRARIES = ("torch", "lightning", "transformers")
-"""Where a `_target_` may point: a config may come from a download and must not call anything."""
 
 RUNTIME_NAMES = frozenset(
     {
@@ -53,10 +45,6 @@ PLAIN_UNDER_DRAFTER = "head"
 """A drafter's head stays plain data: the drafter stores it in its config.json and builds it."""
 
 CONTROL_KEYS = ("_target_", "_partial_")
-
-
-class ConfigError(ValueError):
-    """One or more problems in a config, each in a line of the message."""
 
 
 def check(cfg: DictConfig, *, runtime: frozenset[str] | set[str] = RUNTIME_NAMES) -> None:
@@ -88,7 +76,7 @@ def build(node: Any, **runtime: Any) -> Any:
     if "_target_" not in node:
         return {key: build(value, **runtime) for key, value in node.items()}
     path = str(node["_target_"])
-    function = _locate(path)
+    function = locate(path)
     arguments = {
         key: value if _stays_plain(path, key) else build(value, **runtime)
         for key, value in node.items()
@@ -115,35 +103,6 @@ def friendly_errors() -> Iterator[None]:
         console.print("error:", style="bold red", end=" ")
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(2) from error
-
-
-def _locate(path: str) -> Callable[..., Any]:
-    """The class or function at a dotted path. Raises ValueError with the reason."""
-    allowed = (*OUR_PACKAGES, *LIBRARIES)
-    if path.partition(".")[0] not in allowed:
-        raise ConfigError(
-            f"_target_ '{path}' is outside of what a config may call; it must start with one of "
-            + ", ".join(allowed)
-        )
-    parts = path.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        module_name = ".".join(parts[:cut])
-        try:
-            found: Any = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            # Only "this prefix is no module" means: try a shorter one. A module that is there but
-            # cannot be imported (a missing dependency) is a different fault and must be seen.
-            if error.name and (module_name + ".").startswith(error.name + "."):
-                continue
-            raise ConfigError(f"_target_ '{path}' cannot be imported: {error}") from error
-        for name in parts[cut:]:
-            found = getattr(found, name, None)
-        # Where it was defined counts, not where it can be reached: torch.os.system is no part of
-        # torch.
-        if callable(found) and str(found.__module__).partition(".")[0] in allowed:
-            return found
-        break
-    raise ConfigError(f"_target_ '{path}' does not exist")
 
 
 def _unknown_root_keys(cfg: DictConfig) -> list[str]:
@@ -202,7 +161,7 @@ def _check_node(
     """Compare one node's keys and values with the signature of its `_target_`."""
     target = str(node["_target_"])
     try:
-        function = _locate(target)
+        function = locate(target)
     except ConfigError as error:
         problems.append(f"{path}: {error}")
         return
@@ -211,7 +170,7 @@ def _check_node(
         name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     }
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    hints = _type_hints(function)
+    hints = type_hints(function)
     for key, value in node.items():
         if key in CONTROL_KEYS:
             continue
@@ -221,7 +180,7 @@ def _check_node(
                 problems.append(f"{where}: {target} has no argument '{key}'{_near(key, by_name)}")
             continue
         if key in hints:
-            complaint = _type_complaint(value, hints[key])
+            complaint = type_complaint(value, hints[key])
             if complaint:
                 problems.append(f"{where}={_short(value)}: {complaint} ({target})")
     if node.get("_partial_"):
@@ -235,89 +194,6 @@ def _check_node(
 def _stays_plain(target: str, key: str) -> bool:
     """Whether a sub-node is handed over as data instead of being built."""
     return key == PLAIN_UNDER_DRAFTER and target.startswith("models.drafter.")
-
-
-def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """Annotations of the arguments; empty where a library's cannot be evaluated."""
-    holder: Any = function.__init__ if inspect.isclass(function) else function
-    try:
-        return typing.get_type_hints(inspect.unwrap(holder))
-    except (NameError, TypeError, AttributeError):
-        return {}
-
-
-def _type_complaint(value: Any, hint: Any) -> str | None:
-    """Why `value` cannot be what `hint` says; None when it can.
-
-    Strict JSON rules: a list may fill a tuple, an int a float and a string a path, but neither
-    "3" nor true is an int.
-    """
-    if _contains_node(value):
-        return _container_complaint(value, hint)
-    try:
-        # Pydantic models and typed dicts bring their own config and refuse another.
-        adapter: TypeAdapter[Any] = TypeAdapter(
-            hint, config=ConfigDict(arbitrary_types_allowed=True)
-        )
-        adapter.validate_json(json.dumps(value), strict=True)
-    except ValidationError as error:
-        reasons = {
-            e["msg"]
-            .removeprefix("Input ")
-            .replace("an object", "a mapping")
-            .replace("array", "list")
-            for e in error.errors()
-            if not _is_opaque(e)
-        }
-        return " or ".join(sorted(reasons)) or "has the wrong type"
-    except (PydanticUserError, TypeError, NameError):
-        return None  # a library's annotation that pydantic cannot read
-    return None
-
-
-def _is_opaque(error: Any) -> bool:
-    """True for "should be an instance of X": X cannot be written in YAML, so it is no advice."""
-    return error["type"] in ("is_instance_of", "needs_python_object")
-
-
-def _contains_node(value: Any) -> bool:
-    if isinstance(value, dict):
-        return "_target_" in value or any(_contains_node(v) for v in value.values())
-    return isinstance(value, list) and any(_contains_node(v) for v in value)
-
-
-def _container_complaint(value: Any, hint: Any) -> str | None:
-    """A value with nodes in it is an object only once built: compare its class with the hint."""
-    options = typing.get_args(hint) if _is_union(hint) else (hint,)
-    if isinstance(value, dict) and "_target_" in value:
-        made = _made_by(str(value["_target_"]))
-        classes = [typing.get_origin(o) or o for o in options]
-        decided = made is not None and all(inspect.isclass(c) for c in classes)
-        # Protocols are duck-typed and a plain dict means that the node is kept as data.
-        if not decided or any(getattr(c, "_is_protocol", False) or c is dict for c in classes):
-            return None
-        assert made is not None
-        if any(issubclass(made, c) for c in classes):
-            return None
-        return f"should be a {' or '.join(c.__name__ for c in classes)}, not a {made.__name__}"
-    kinds = {typing.get_origin(o) or o for o in options}
-    if isinstance(value, dict) and kinds == {list}:
-        return "should be a list (a `- ` in front of each entry)"
-    return None
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
-def _made_by(target: str) -> type | None:
-    """The class that a node's callable makes, if it says so."""
-    try:
-        function = _locate(target)
-    except ConfigError:
-        return None  # reported where the node itself is checked
-    made = function if inspect.isclass(function) else _type_hints(function).get("return")
-    return made if inspect.isclass(made) else None
 
 
 def _near(key: str, names: Iterable[str]) -> str:

@@ -44,9 +44,7 @@ class Generator:
     the same answers. The random numbers of a sampled answer depend on its own seed only.
     """
 
-    def __init__(
-        self, *, target: Target, batch_tokens: int = 32_768, max_batch: int = 96
-    ) -> None:
+    def __init__(self, *, target: Target, batch_tokens: int = 32_768, max_batch: int = 96) -> None:
         self.target = target
         self.batch_tokens = batch_tokens
         self.max_batch = max_batch
@@ -117,9 +115,7 @@ class Generator:
             tokens_BT = next_B[:, None]
             positions_BT = positions_BT[:, -1:] + 1
             visible_BT = torch.cat([visible_BT, visible_BT.new_ones(len(rows_B), 1)], dim=1)
-        return [
-            Answer(r.id, made[i], "eos" if ended[i] else "length") for i, r in enumerate(batch)
-        ]
+        return [Answer(r.id, made[i], "eos" if ended[i] else "length") for i, r in enumerate(batch)]
 
 
 class _Noise:
@@ -129,10 +125,7 @@ class _Noise:
         self.batch = batch
         longest = max(r.max_new_tokens for r in batch)
         self.uniforms_BT = torch.stack(
-            [
-                torch.rand(longest, generator=torch.Generator().manual_seed(r.seed))
-                for r in batch
-            ]
+            [torch.rand(longest, generator=torch.Generator().manual_seed(r.seed)) for r in batch]
         )
         self.sampled_B = torch.tensor([r.temperature > 0 for r in batch])
 

@@ -7,6 +7,9 @@ What lies in a dataset's folder, in the order in which it appears:
     respond.jsonl.partial   answers as they come; respond.jsonl when all are there
     train/, val/            token shards, then feature shards
     manifest.json           written last: a folder with one is finished
+
+This file only puts the stages in order; each stage is a file of its own. It is longer than most
+because every stage is announced with its cost before it runs.
 """
 
 import fcntl

@@ -47,7 +47,7 @@ class Progress:
             say(f"{self.what}: done in {clock(seconds)}{self._speed(seconds)}")
 
     def advance(self, steps: int, *, tokens: int = 0) -> None:
-        self.done += steps
+        self.done = min(self.done + steps, self.total)
         self._fresh += steps
         self.tokens += tokens
         now = time.monotonic()

@@ -103,6 +103,7 @@ def write_features(
     tensors = {"final": final_Nd, "logz": logz_N} | {f"layer.{k}": v for k, v in layers.items()}
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata=about)
+    temporary.chmod(0o644)  # safetensors leaves it readable for its owner only
     temporary.rename(path)
 
 

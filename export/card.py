@@ -1,6 +1,7 @@
 """The model card: what a drafter is, what it was made from, what it gives, how to use it."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,6 @@ from export.base import Exporter
 from export.parity import Proof
 from models.drafter.base import Drafter
 from models.run import Run
-
-UNRECORDED = "not recorded"
 
 DEFINITIONS = """\
 Tokens per step: tokens produced per target forward after the prompt, bonus token included (1.00 is
@@ -44,15 +43,15 @@ def model_card(*, run: Run, drafter: Drafter, exporter: Exporter, proof: Proof) 
         _table(
             [
                 ("target", f"`{target}`"),
-                ("target fingerprint", f"`{facts['target'].get('fingerprint', UNRECORDED)}`"),
-                ("chat template hash", f"`{facts['target'].get('template_hash', UNRECORDED)}`"),
+                ("target fingerprint", f"`{facts['target']['fingerprint']}`"),
+                ("chat template hash", f"`{facts['target']['template_hash']}`"),
                 ("family", f"{family}, drafts of up to {longest} tokens"),
                 ("draft vocabulary", vocabulary),
                 ("own parameters", f"{stored:,}"),
                 ("format", f"{exporter.name} ({exporter.engine})"),
-                ("dataset", f"{config.dataset.name}, hash `{_dataset_hash(facts)}`"),
-                ("trained with", f"`{_command(facts)}`"),
-                ("revision", f"`{facts.get('revision', UNRECORDED)}`"),
+                ("dataset", f"{config.dataset.name}, hash `{facts['dataset']['hash']}`"),
+                ("trained with", f"`{shlex.join(facts['command'])}`"),
+                ("revision", f"`{facts['revision'] or 'not recorded'}`"),
             ]
         ),
         f"Export proven: {proof}.",
@@ -110,13 +109,3 @@ def _estimate(e: dict[str, float]) -> str:
 
 def _lossy(m: dict[str, Any]) -> str:
     return " (lossy acceptance)" if m["lossy"] else ""
-
-
-def _dataset_hash(facts: dict[str, Any]) -> str:
-    dataset = facts.get("dataset", UNRECORDED)
-    return str(dataset.get("hash", UNRECORDED) if isinstance(dataset, dict) else dataset)
-
-
-def _command(facts: dict[str, Any]) -> str:
-    command = facts.get("command", UNRECORDED)
-    return " ".join(command) if isinstance(command, list) else str(command)

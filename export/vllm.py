@@ -137,7 +137,7 @@ class MedusaCheckpoint:
         }
 
     @torch.inference_mode()
-    def draft(self, features: Features, tokens_1T: Tensor) -> list[int]:  # noqa: ARG002
+    def draft(self, features: Features, tokens_1T: Tensor) -> list[int]:
         """Head i, from f_t alone (t = T-2), predicts x_{t+2+i}."""
         shared = self.config.get("original_lm_head", False)
         drafted = []

@@ -56,7 +56,7 @@ class Target:
         name: str,
         revision: str | None = None,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self.revision = revision
@@ -86,11 +86,11 @@ class Target:
 
     @property
     def head_weight_Vd(self) -> Tensor:
-        return self.model.get_output_embeddings().weight  # type: ignore[return-value]
+        return self.model.get_output_embeddings().weight
 
     @property
     def embedding_weight_Vd(self) -> Tensor:
-        return self.model.get_input_embeddings().weight  # type: ignore[return-value]
+        return self.model.get_input_embeddings().weight
 
     @property
     def layer_shape(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class Target:
         ids: set[int] = set()
         for eos in (self.tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)):
             if eos is not None:
-                ids |= set(eos) if isinstance(eos, (list, tuple)) else {int(eos)}
+                ids |= {int(i) for i in (eos if isinstance(eos, (list, tuple)) else [eos])}
         return tuple(sorted(ids))
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Target:
         return self.model.get_input_embeddings()(tokens)
 
     def project(self, features: Tensor) -> Tensor:
-        """Logits W f of final features, `[..., d]` -> `[..., V]`, soft-capped as the target does."""
+        """Logits W f of final features, `[..., d]` -> `[..., V]`, with the target's soft cap."""
         logits = self.model.get_output_embeddings()(features)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
@@ -218,17 +218,16 @@ def load_target(
     where = pick_device(device)
     kwargs: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         source, dtype=pick_dtype(dtype, where), attn_implementation=attn_implementation, **kwargs
     )
     if adapter is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    model = model.to(where)
     commit = getattr(model.config, "_commit_hash", None)
-    return Target(
-        model=model.to(where), tokenizer=tokenizer, name=name, revision=revision or commit
-    )
+    return Target(model=model, tokenizer=tokenizer, name=name, revision=revision or commit)
 
 
 def resolve_name(name: str) -> str:
@@ -299,7 +298,7 @@ def _convert_packaged_gguf(module: str) -> Path:
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=".converting-"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=gguf.name,
             dtype=torch.float32,

@@ -61,9 +61,9 @@ def tiny_target(
         max_position_embeddings=512,
         initializer_range=0.3,
         tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
     )
-    model = LlamaForCausalLM(config).to(dtype)
+    model = LlamaForCausalLM(config).to(dtype=dtype)  # type: ignore[call-arg]
     return Target(model=model, tokenizer=tokenizer, name=f"tiny-{seed}")

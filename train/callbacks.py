@@ -152,7 +152,7 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         # Where validation follows at once, on_validation_end saves: a run resumed from here would
         # skip that validation.
-        validates = (batch_idx + 1) % int(trainer.val_check_batch) == 0
+        validates = (batch_idx + 1) % int(trainer.val_check_batch or 1) == 0
         if (step % self.every_steps == 0 or step == data.total_steps) and not validates:
             self.save(trainer)
 

@@ -8,8 +8,8 @@ at once, keep only the gradients of the states and of the head. Nothing is compu
 All depths share one list of *teacher positions*: position u with its distribution p_u and its label
 x_{u+1}. It counts iff x_{u+1} exists and is a token to learn, u+1 < T and learn[u+1]. A depth of
 shift s is taught there by its state at index t = u - s, if t >= 0: that is the mask rule of
-models/drafter/base.py (t counts iff t+s+1 < T and learn[t+s+1]) read from the teacher's side. Chunks
-run over teacher positions with all depths inside, so that p is projected once and not K times.
+models/drafter/base.py (t counts iff t+s+1 < T and learn[t+s+1]) read from the teacher's side.
+Chunks run over teacher positions, all depths inside, so that p is projected once and not K times.
 
 Shape legend: B sequences, T positions, U teacher positions, N rows of one depth, M = B*T flat
 states, n rows of one chunk, K depths, d hidden size, D draft vocabulary, V target vocabulary.
@@ -26,8 +26,16 @@ from torch.nn import functional as F
 from models.drafter.base import Depth
 from train.losses import RowLoss, Rows, TargetRows
 
+LIVE_LOGITS = 2**24
+"""Draft logits of one chunk, about; each costs some 14 bytes (bf16, two fp32 copies, gradient)."""
+
 Piece = tuple[Tensor, Tensor]
 """Rows of one depth in one chunk: indices of its flat states, and their indices in the chunk."""
+
+
+def rows_per_chunk(vocab_size: int) -> int:
+    """Rows that keep a chunk's memory bounded and its matrix products large."""
+    return max(128, min(1024, LIVE_LOGITS // vocab_size))
 
 
 class TargetProjection(Protocol):
@@ -239,8 +247,9 @@ class _ChunkedLoss(torch.autograd.Function):
             torch.zeros(s.shape, dtype=s.dtype, device=s.device) if s.requires_grad else None
             for s in states
         ]
-        # fp32 sums whatever the parameters' dtype: many small chunks are added up.
-        grad_parameters = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        # fp32 sums whatever the parameters' dtype: many small chunks are added up. The first
+        # chunk's gradient becomes the sum.
+        grad_parameters: list[Tensor | None] = [None] * len(parameters)
         slot = {id(p): i for i, p in enumerate(parameters)}
         loss_K = torch.zeros(K, dtype=torch.float32, device=states[0].device)
         right_K = torch.zeros_like(loss_K)
@@ -277,14 +286,19 @@ class _ChunkedLoss(torch.autograd.Function):
                         grads = torch.autograd.grad(summed, inputs, weight, allow_unused=True)
                     for p, grad in zip(own, grads, strict=False):
                         if grad is not None:
-                            grad_parameters[slot[id(p)]] += grad
+                            earlier = grad_parameters[slot[id(p)]]
+                            added = grad.float() if earlier is None else earlier.add_(grad)
+                            grad_parameters[slot[id(p)]] = added
                     grad_state = grad_states[k]
                     if grad_state is not None:
                         flat_Md = grad_state.view(-1, grad_state.shape[-1])
                         flat_Md[state_n] = grads[-1].to(flat_Md.dtype)
         ctx.grads = None
         if work.differentiate:
-            cast = [g.to(p.dtype) for g, p in zip(grad_parameters, parameters, strict=True)]
+            cast = [
+                None if g is None else g.to(p.dtype)
+                for g, p in zip(grad_parameters, parameters, strict=True)
+            ]
             ctx.grads = [*grad_states, *cast]
         weights_K = torch.tensor(work.weights, device=loss_K.device)
         ctx.mark_non_differentiable(loss_K, right_K)

@@ -1,8 +1,8 @@
 """Batches: by length, within a token budget, in an order that depends on the seed alone.
 
 All batches of a run are planned before the first step, over all epochs and ranks. So the number of
-steps is known, every step knows how many tokens it learns in all its micro-batches on all ranks (the
-normaliser of its loss, without communication), and resuming is: start at batch number n.
+steps is known, every step knows how many tokens it learns in all its micro-batches on all ranks
+(the normaliser of its loss, without communication), and resuming is: start at batch number n.
 
 A sequence is cut to what can matter. Behind its last token to learn nothing is learned. Before the
 first one, drafters that do not mix positions need only the 1 + num_depths positions whose states
@@ -34,9 +34,7 @@ class Reader(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Example: ...
-    def features(
-        self, index: int, layers: Sequence[int], /
-    ) -> tuple[Features, Tensor] | None: ...
+    def features(self, index: int, layers: Sequence[int], /) -> tuple[Features, Tensor] | None: ...
 
 
 @dataclass(frozen=True)

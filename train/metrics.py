@@ -47,7 +47,12 @@ class Tally:
         zeros_K = torch.zeros(depths, dtype=torch.float64, device=device)
         ranks_KR = torch.zeros(depths, RANKS, dtype=torch.float64, device=device)
         return Tally(
-            zeros_K, zeros_K.clone(), zeros_K.clone(), zeros_K.clone(), ranks_KR, zeros_K.new_zeros(2)
+            zeros_K,
+            zeros_K.clone(),
+            zeros_K.clone(),
+            zeros_K.clone(),
+            ranks_KR,
+            zeros_K.new_zeros(2),
         )
 
     def tensors(self) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from models.drafter.base import Depth, Drafter
 from models.target import Features
-from train.chunked import Lesson, LossSums, chunked_loss, make_lesson
+from train.chunked import Lesson, LossSums, chunked_loss, make_lesson, rows_per_chunk
 from train.data import Batch
 from train.losses import RowLoss
 from train.metrics import Tally, tally_batch
@@ -36,7 +36,7 @@ class DraftModule(LightningModule):
         make_optimizer: Callable[[list[dict[str, Any]]], Optimizer],
         make_scheduler: Callable[[Optimizer], LRScheduler],
         depth_decay: float = 1.0,
-        chunk_rows: int = 1024,
+        chunk_rows: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -44,7 +44,9 @@ class DraftModule(LightningModule):
         self.teacher = teacher
         self.loss = loss
         self.depth_decay = depth_decay
-        self.chunk_rows = chunk_rows
+        self.chunk_rows = chunk_rows or rows_per_chunk(
+            drafter.draft_vocab_size or drafter.vocab_size
+        )
         self.seed = seed
         self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
         self.tally = Tally.empty(drafter.num_depths, torch.device("cpu"))
@@ -109,16 +111,28 @@ class DraftModule(LightningModule):
             total_3K = self.trainer.strategy.reduce(total_3K, reduce_op="sum")
         loss_K, right_K, count_K = total_3K
         weights_K = self.depth_decay ** torch.arange(len(loss_K), device=device)
-        numbers = {"train/loss": (weights_K * loss_K).sum() / batch.normalizer}
+        numbers = {
+            "train/loss": float((weights_K * loss_K).sum() / batch.normalizer),
+            "train/lr": float(self.optimizers().param_groups[0]["lr"]),  # type: ignore[union-attr]
+            "epoch": batch.epoch,
+        }
         accuracy_K = right_K / count_K.clamp(min=1)
         for k in range(len(loss_K)):
-            numbers[f"train/loss_{k}"] = loss_K[k] / batch.normalizer
-            numbers[f"train/accuracy_{k}"] = accuracy_K[k]
-        numbers["train/lr"] = torch.tensor(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
-        # "step" tells loggers which step this is: the number of finished steps, this one included.
-        numbers["step"] = torch.tensor(float(self.global_step + 1))
-        numbers["epoch"] = torch.tensor(batch.epoch)
-        self.log_dict(numbers, batch_size=len(batch.tokens_BT))
+            numbers[f"train/loss_{k}"] = float(loss_K[k] / batch.normalizer)
+            numbers[f"train/accuracy_{k}"] = float(accuracy_K[k])
+        self._log(numbers, step=self.global_step + 1, every=self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+
+    def _log(self, numbers: dict[str, float], *, step: int, every: int = 1) -> None:
+        """To the callbacks, and to the loggers at once: `step` is the number of finished steps.
+
+        Lightning writes after its callbacks have run, so a run killed right behind a checkpoint
+        would lose the row of that step for good.
+        """
+        self.log_dict(numbers, logger=False, batch_size=1)
+        if step % every == 0:
+            for logger in self.loggers:
+                logger.log_metrics(numbers, step=step)
+                logger.save()
 
     # --- validation ------------------------------------------------------------------------------
 
@@ -144,8 +158,7 @@ class DraftModule(LightningModule):
             for total in self.tally.tensors():
                 total.copy_(self.trainer.strategy.reduce(total, reduce_op="sum"))  # type: ignore[arg-type]
         numbers = {f"val/{k}": v for k, v in self.tally.summary(self.depth_decay).items()}
-        numbers["step"] = float(self.global_step)
-        self.log_dict(numbers)
+        self._log(numbers, step=self.global_step)
 
     # --- optimisation ----------------------------------------------------------------------------
 
@@ -159,9 +172,9 @@ class DraftModule(LightningModule):
 
     def configure_gradient_clipping(
         self,
-        optimizer: Optimizer,  # noqa: ARG002
+        optimizer: Optimizer,
         gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,  # noqa: ARG002
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         """By the global norm. (Lightning refuses fused optimizers here, for fp16's sake.)"""
         if gradient_clip_val:

@@ -25,7 +25,9 @@ def write_config(run_dir: Path, cfg: DictConfig) -> None:
     write_atomic(run_dir / ".hydra" / "config.yaml", OmegaConf.to_yaml(cfg))
 
 
-def facts(*, target: Target, drafter: Drafter, dataset_hash: str, coverage: float) -> dict[str, Any]:
+def facts(
+    *, target: Target, drafter: Drafter, dataset_hash: str, coverage: float
+) -> dict[str, Any]:
     """The content of run.json that is known before training."""
     return {
         "command": ["python", "-m", "train", *sys.argv[1:]],
@@ -54,6 +56,7 @@ def facts(*, target: Target, drafter: Drafter, dataset_hash: str, coverage: floa
 
 
 def version_of(package: str) -> str:
+    """Installed version of a distribution."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -71,13 +74,12 @@ def git_revision() -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
 def write_json(path: Path, content: Any) -> None:
+    """As JSON, atomically."""
     write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 

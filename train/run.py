@@ -1,12 +1,12 @@
 """One training run, from a composed config to a run folder with a drafter and its numbers.
 
-    <run>/.hydra/config.yaml      the composed config
-    <run>/run.json                command, revision, versions, data and target hashes, drafter, results
-    <run>/metrics.csv             every logged step
-    <run>/checkpoints/            last.ckpt, previous.ckpt, best/ (a drafter folder)
-    <run>/drafter/                the best drafter: config.json, model.safetensors
-    <run>/rank_accuracy.json      how often each rank is right at each depth (for static trees)
-    <run>/decode/heldout-*/       tokens per step on held-out prompts
+<run>/.hydra/config.yaml      the composed config
+<run>/run.json                command, revision, versions, data and target hashes, drafter, results
+<run>/metrics.csv             every logged step
+<run>/checkpoints/            last.ckpt, previous.ckpt, best/ (a drafter folder)
+<run>/drafter/                the best drafter: config.json, model.safetensors
+<run>/rank_accuracy.json      how often each rank is right at each depth (for static trees)
+<run>/decode/heldout-*/       tokens per step on held-out prompts
 """
 
 import json
@@ -74,9 +74,7 @@ def train(cfg: DictConfig, run_dir: Path) -> Path:
     job = _assemble(cfg, run_dir, target, folder, point)
     write_json(run_dir / "run.json", job.facts | {"finished": False})
     say(f"Run folder: {run_dir}")
-    job.trainer.fit(
-        job.module, datamodule=job.data, ckpt_path=point.path, weights_only=True
-    )
+    job.trainer.fit(job.module, datamodule=job.data, ckpt_path=point.path, weights_only=True)
     results = _finish(job, run_dir)
     if cfg.final_decode is not None and job.trainer.is_global_zero:
         results |= _decode(cfg, run_dir, target, folder)
@@ -137,9 +135,7 @@ def _assemble(
         ),
     )
     callbacks = list((build(cfg.callbacks, run_dir=run_dir) or {}).values())
-    loggers = build(
-        cfg.logger, run_dir=run_dir, save_dir=str(run_dir), resume_step=point.step
-    )
+    loggers = build(cfg.logger, run_dir=run_dir, save_dir=str(run_dir), resume_step=point.step)
     trainer: pl.Trainer = build(
         cfg.trainer,
         target=target,

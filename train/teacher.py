@@ -1,7 +1,7 @@
 """The teacher: the target's features and its distribution p, from shards or computed in the step.
 
-From shards: f_t (and inner layers) and logZ_t are read from disk. Online: the target runs inside the
-training step and logZ is computed for the positions that count, in chunks of the vocabulary.
+From shards: f_t (and inner layers) and logZ_t are read from disk. Online: the target runs inside
+the training step, and logZ is computed for the positions that count, in chunks of the vocabulary.
 
 Shape legend: B sequences, S context positions, T positions of the training window, n rows,
 d hidden size, V target vocabulary, D draft vocabulary.
@@ -67,13 +67,12 @@ class Teacher:
         )
 
     @torch.no_grad()
-    def features(
-        self, batch: Batch, layers: tuple[int, ...]
-    ) -> tuple[Features, Tensor | None]:
+    def features(self, batch: Batch, layers: tuple[int, ...]) -> tuple[Features, Tensor | None]:
         """Features over the training window, and logZ where it is stored."""
         if batch.features is not None:
             return batch.features, batch.logz_BT
         assert batch.context_BS is not None, "a batch has either features or the whole context"
+        assert batch.start_B is not None
         B, T = batch.tokens_BT.shape
         S = batch.context_BS.shape[1]
         # The target itself runs in its own dtype. Right padding, so no mask is needed: a position

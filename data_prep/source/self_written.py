@@ -63,7 +63,9 @@ class SelfWritten(Source):
         asked = 0
         with Progress("the target writes prompts", total=self.count, unit="prompts") as progress:
             while len(kept) < self.count and asked < ATTEMPTS * self.count:
-                more = min(max(self.count - len(kept), 16), ATTEMPTS * self.count - asked)
+                missing = self.count - len(kept)
+                # A quarter more than needed: some will not end, or be too short.
+                more = min(missing + missing // 4 + 2, ATTEMPTS * self.count - asked)
                 for batch in generator.batches(self.requests(target, asked, asked + more)):
                     answers = generator.answer_batch(batch)
                     before = len(kept)

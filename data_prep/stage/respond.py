@@ -50,8 +50,8 @@ class Respond:
     samples: list[Sampling] = field(default_factory=_greedy)
     turn: Literal["first", "last"] = "first"
     seed: int = 0
-    batch_tokens: int = 16_384
-    max_batch: int = 64
+    batch_tokens: int = 32_768
+    max_batch: int = 96
 
     def __post_init__(self) -> None:
         if not self.samples or self.max_new_tokens < 1:

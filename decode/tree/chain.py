@@ -44,7 +44,7 @@ class Chain:
     def grow(
         self,
         depth: int,
-        frontier: Frontier,  # noqa: ARG002
+        frontier: Frontier,
         logits_ND: Tensor,
         drafter: Drafter,
     ) -> Children | None:

@@ -148,7 +148,7 @@ class StaticTree:
     def grow(
         self,
         depth: int,
-        frontier: Frontier,  # noqa: ARG002
+        frontier: Frontier,
         logits_ND: Tensor,
         drafter: Drafter,
     ) -> Children | None:

@@ -15,7 +15,7 @@ class Greedy:
     lossy = False
     greedy_only = True
 
-    def verify(self, tree: Tree, p: TargetLaw, chance: Chance) -> Verdict:  # noqa: ARG002
+    def verify(self, tree: Tree, p: TargetLaw, chance: Chance) -> Verdict:
         """Deterministic; `chance` is not asked."""
         children, tokens = children_of(tree), tree.tokens_N.tolist()
         path = [0]

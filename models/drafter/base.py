@@ -2,7 +2,8 @@
 
 Notation (used in every family's file)
     x_t     token at position t (0-based)
-    f_t     the target's last hidden state after its final norm; p_t = softmax(W f_t) predicts x_{t+1}
+    f_t     the target's last hidden state after its final norm
+    p_t     the target's distribution of x_{t+1}, softmax(W f_t)
     h^l_t   the target's residual stream after l layers
     p, q    target and draft distribution, everywhere
 
@@ -31,7 +32,7 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from models.head import Head, build_head
+from models.head import Head
 from models.target import Features, Target
 
 

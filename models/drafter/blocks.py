@@ -70,8 +70,8 @@ class CausalLayer(nn.Module):
             max_position_embeddings=max_positions,
             num_hidden_layers=1,
             rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
-            attn_implementation="sdpa",
         )
+        config._attn_implementation = "sdpa"
         self.layer = LlamaDecoderLayer(config, layer_idx=0)
         self.norm = LlamaRMSNorm(hidden_size, eps=config.rms_norm_eps)
         self.rotary = LlamaRotaryEmbedding(config)

@@ -56,9 +56,7 @@ class HydraHeads(Drafter):
         super().__init__(
             hidden_size=hidden_size, vocab_size=vocab_size, draft_vocab_size=draft_vocab_size
         )
-        self.prefix = (
-            CausalLayer(hidden_size=hidden_size, **target_shape) if prefix_layer else None
-        )
+        self.prefix = CausalLayer(hidden_size=hidden_size, **target_shape) if prefix_layer else None
         self.blocks = nn.ModuleList()
         for k in range(num_heads):
             layers: list[nn.Module] = [ResidualBlock(hidden_size=hidden_size, num_inputs=k + 2)]

@@ -1,6 +1,7 @@
 """`python -m decode` as a user runs it, on a tiny run folder; and the benchmark files."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,7 @@ def test_the_command_reports_and_keeps_to_the_floor(run: Path) -> None:
         capture_output=True,
         text=True,
         cwd=ROOT,
+        env=os.environ | {"COLUMNS": "160"},  # rich wraps tables to the terminal
         check=False,
     )
     assert made.returncode == 1, made.stderr

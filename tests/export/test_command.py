@@ -51,7 +51,7 @@ def run(target: Target, target_dir: Path, tmp_path_factory: pytest.TempPathFacto
     facts = {
         "command": ["python", "-m", "train"],
         "revision": "abc123",
-        "dataset": "d41d8cd9",
+        "dataset": {"hash": "d41d8cd9"},
         "target": {
             "fingerprint": target.fingerprint(),
             "template_hash": target.template_hash(),

@@ -61,7 +61,7 @@ def test_lora_adapter_is_merged(target: Target, target_dir: Path, tmp_path: Path
     tuned = get_peft_model(
         tiny_target().model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     )
-    tuned.save_pretrained(tmp_path)
+    tuned.save_pretrained(str(tmp_path))
     merged = load_target(name=str(target_dir), dtype="float32", device="cpu", adapter=str(tmp_path))
     tokens = torch.randint(3, target.vocab_size, (1, 9))
     logits = merged.project(merged.forward(tokens).final_BTd)

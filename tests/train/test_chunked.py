@@ -92,7 +92,9 @@ def test_chunked_equals_plain_under_bf16_autocast(target: Target) -> None:
 def test_a_head_shared_by_all_depths_gets_all_gradients(target: Target) -> None:
     drafter = toy.medusa(target)
     for k in range(1, drafter.num_depths):
-        drafter.heads[k] = drafter.heads[0]  # type: ignore[index,operator]
+        heads = drafter.heads
+        assert isinstance(heads, nn.ModuleList)
+        heads[k] = heads[0]
     _, _, far = compare(drafter, target, ForwardKL(), 7)
     assert max(far.values()) < 1e-5, far
 
@@ -133,7 +135,7 @@ class WatchedHead(OwnHead):
 
 def test_only_counted_rows_are_projected_in_chunks(target: Target) -> None:
     drafter = toy.medusa(target)
-    features, tokens_BT, lesson = batch(target, drafter)
+    features, _, lesson = batch(target, drafter)
     head = WatchedHead(hidden_size=32, vocab_size=64)
     depth = Depth(features.final_BTd, head, shift=1)
     with torch.no_grad():
@@ -215,7 +217,7 @@ def test_labels_outside_the_draft_vocabulary(target: Target) -> None:
 def test_restricted_teacher_is_the_full_distribution_cut(target: Target) -> None:
     """log p_D = W[ids] f - logZ, not renormalised, with logZ in vocabulary chunks or given."""
     drafter = toy.medusa(target)
-    features, _, lesson = batch(target, drafter)
+    _, _, lesson = batch(target, drafter)
     full = target.project(lesson.final_Ud).float().log_softmax(-1)[:, drafter.draft_ids_D]
     teacher: Teacher = toy.teacher(target, drafter)
     torch.testing.assert_close(teacher.rows(lesson.final_Ud, None).logp_ND, full)
@@ -235,7 +237,7 @@ def test_a_perfect_draft_has_no_loss_only_at_the_right_shift(target: Target) -> 
     copied_BTd = torch.zeros_like(features.final_BTd)
     copied_BTd[:, :-2] = features.final_BTd[:, 2:]
     sums = chunked_loss(
-        depths=[Depth(copied_BTd, nn.Module.eval(head), shift=s) for s in (1, 2, 3)],
+        depths=[Depth(copied_BTd, head, shift=s) for s in (1, 2, 3)],
         lesson=lesson,
         loss=ForwardKL(),
         projection=toy.teacher(target, drafter),

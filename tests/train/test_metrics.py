@@ -88,7 +88,7 @@ def test_a_copy_of_the_target_is_perfect(target: Target) -> None:
     assert numbers["loss"] == pytest.approx(0.0, abs=1e-4)
     # Starts t = 0..12 (u = 1..13); all accept two drafts, the last one only one.
     assert numbers["tau"] == pytest.approx(1 + (12 * 2 + 1) / 13)
-    # Rank accuracies are the target's own: the label's rank under p_{t+1} (teacher positions 1..13).
+    # Rank accuracies are the target's own: the label's rank under p_{t+1}, u = t+1 = 1..13.
     p_UV = target.project(features.final_BTd)[:, 1:14].flatten(0, 1)
     best_UR = p_UV.topk(10).indices
     hits = (best_UR == tokens_BT[:, 2:15].flatten()[:, None]).float().mean(0).tolist()

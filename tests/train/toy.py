@@ -68,7 +68,8 @@ def hydra(target: Target, *, vocab: int | None = 64, **settings: Any) -> Drafter
             target_shape=target.layer_shape,
             draft_vocab_size=vocab,
             head=OWN,
-            **{"num_heads": 3} | settings,
+            num_heads=3,
+            **settings,
         ),
         target,
     )
@@ -82,7 +83,8 @@ def medusa(target: Target, *, vocab: int | None = 64, **settings: Any) -> Drafte
             vocab_size=target.vocab_size,
             draft_vocab_size=vocab,
             head=OWN,
-            **{"num_heads": 3} | settings,
+            num_heads=3,
+            **settings,
         ),
         target,
     )

@@ -1,0 +1,56 @@
+"""A dataset of the tiny target, and the command line that trains on it."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
+
+import train.__main__  # noqa: F401  (registers the resolver that conf/train.yaml uses)
+from train.run import train as train_run
+
+WORDS = ("the cat sat", "on the mat", "and a dog", "ran to", "what is two", "plus four", "please")
+
+
+class Recipe:
+    """Overrides that turn any experiment into a tiny offline one."""
+
+    def __init__(self, folder: Path, target_dir: Path) -> None:
+        prompts = folder / "prompts.jsonl"
+        rng = random.Random(0)
+        lines = [" ".join(rng.choices(WORDS, k=rng.randint(3, 9))) for _ in range(40)]
+        prompts.write_text(
+            "".join(json.dumps({"prompt": p, "completion": "-"}) + "\n" for p in lines)
+        )
+        self.overrides = [
+            f"target.name={target_dir}",
+            "target.dtype=float32",
+            "target.device=cpu",
+            "trainer.precision=float32",
+            "dataset=tiny",
+            f"dataset.sources=[{{_target_: data_prep.source.files.Files, path: {prompts}}}]",
+            f"dataset.root={folder / 'data'}",
+            "+dataset.capture={_target_: data_prep.stage.capture.Capture, dtype: float32}",
+            "drafter.draft_vocab_size=64",
+            "data.tokens_per_batch=256",
+            "trainer.max_steps=2",
+            "final_decode.limit=2",
+            "final_decode.max_new_tokens=6",
+        ]
+
+    def compose(self, *overrides: str) -> DictConfig:
+        with initialize_config_module(config_module="conf", version_base=None):
+            return compose("train", overrides=[*self.overrides, *overrides])
+
+    def run(self, run_dir: Path, *overrides: str) -> Path:
+        """Train in this process."""
+        cfg = self.compose(*overrides)
+        OmegaConf.set_readonly(cfg, True)
+        return train_run(cfg, run_dir)
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory, target_dir: Path) -> Recipe:
+    return Recipe(tmp_path_factory.mktemp("train"), target_dir)
