@@ -130,7 +130,8 @@ class Checkpoints(Checkpoint):
         self.monitor = monitor
         self.best: float | None = None
         self.best_step: int | None = None
-        self.validated_step: int | None = None
+        self.decided = False
+        """Set once the best drafter is chosen: validating it again is no new candidate."""
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("best", "best_step")}
@@ -158,8 +159,9 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, DraftModule)
+        if self.decided:
+            return
         score = float(trainer.callback_metrics[self.monitor])
-        self.validated_step = trainer.global_step
         # Among equals the later one: it was trained longer.
         if self.best is None or score >= self.best:
             self.best, self.best_step = score, trainer.global_step

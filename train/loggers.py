@@ -2,7 +2,9 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger
 
 METRICS = "metrics.csv"
@@ -12,7 +14,8 @@ class RunCSV(CSVLogger):
     """Lightning's CSVLogger, writing `metrics.csv` into the run folder itself.
 
     Lightning's deletes an existing file when a run is resumed; this one goes on after `resume_step`
-    finished steps, and drops later rows (they are about to be made again) and half-written ones.
+    finished steps, drops later rows (they are about to be made again) and half-written ones, and
+    writes no row twice: a run interrupted behind its last step validates again.
     """
 
     def __init__(self, *, run_dir: Path, resume_step: int = 0) -> None:
@@ -27,6 +30,7 @@ class RunCSV(CSVLogger):
         aside.rmdir()
         writer.log_dir = str(run_dir)
         writer.metrics_file_path = str(path)
+        self._seen = {(int(r["step"]), _filled(r)) for r in kept}
         if kept:
             writer.metrics_keys = columns
             temporary = path.with_suffix(".tmp")
@@ -37,6 +41,18 @@ class RunCSV(CSVLogger):
             temporary.replace(path)
         else:
             path.unlink(missing_ok=True)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:  # type: ignore[override]
+        key = (step, _filled(metrics))
+        if key not in self._seen:
+            self._seen.add(key)  # type: ignore[arg-type]
+            super().log_metrics(metrics, step)
+
+
+def _filled(row: dict[str, Any]) -> frozenset[str]:
+    """Which columns a row has."""
+    return frozenset(name for name, value in row.items() if value != "" and name != "step")
 
 
 def _rows_until(path: Path, step: int) -> tuple[list[dict[str, str]], list[str]]:

@@ -50,6 +50,7 @@ class DraftModule(LightningModule):
         self.seed = seed
         self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
         self.tally = Tally.empty(drafter.num_depths, torch.device("cpu"))
+        self.validated_step: int | None = None
         self._step_sums: list[Tensor] = []
         teacher.set_vocab(drafter.draft_ids_D)
 
@@ -120,16 +121,17 @@ class DraftModule(LightningModule):
         for k in range(len(loss_K)):
             numbers[f"train/loss_{k}"] = float(loss_K[k] / batch.normalizer)
             numbers[f"train/accuracy_{k}"] = float(accuracy_K[k])
-        self._log(numbers, step=self.global_step + 1, every=self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        step = self.global_step + 1
+        self._log(numbers, step=step, log=step % self.trainer.log_every_n_steps == 0)  # type: ignore[attr-defined]
 
-    def _log(self, numbers: dict[str, float], *, step: int, every: int = 1) -> None:
+    def _log(self, numbers: dict[str, float], *, step: int, log: bool) -> None:
         """To the callbacks, and to the loggers at once: `step` is the number of finished steps.
 
         Lightning writes after its callbacks have run, so a run killed right behind a checkpoint
         would lose the row of that step for good.
         """
         self.log_dict(numbers, logger=False, batch_size=1)
-        if step % every == 0:
+        if log:
             for logger in self.loggers:
                 logger.log_metrics(numbers, step=step)
                 logger.save()
@@ -158,7 +160,9 @@ class DraftModule(LightningModule):
             for total in self.tally.tensors():
                 total.copy_(self.trainer.strategy.reduce(total, reduce_op="sum"))  # type: ignore[arg-type]
         numbers = {f"val/{k}": v for k, v in self.tally.summary(self.depth_decay).items()}
-        self._log(numbers, step=self.global_step)
+        # Validating again (the best drafter, at the end) is not one more point of the curve.
+        self._log(numbers, step=self.global_step, log=self.validated_step != self.global_step)
+        self.validated_step = self.global_step
 
     # --- optimisation ----------------------------------------------------------------------------
 

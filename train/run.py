@@ -12,6 +12,7 @@
 import json
 import logging
 import shutil
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,11 @@ def train(cfg: DictConfig, run_dir: Path) -> Path:
     job = _assemble(cfg, run_dir, target, folder, point)
     write_json(run_dir / "run.json", job.facts | {"finished": False})
     say(f"Run folder: {run_dir}")
+    begin = time.perf_counter()
     job.trainer.fit(job.module, datamodule=job.data, ckpt_path=point.path, weights_only=True)
-    results = _finish(job, run_dir)
+    # Of this process: a resumed run says how long its last part took.
+    results: dict[str, Any] = {"train_seconds": time.perf_counter() - begin}
+    results |= _finish(job, run_dir)
     if cfg.final_decode is not None and job.trainer.is_global_zero:
         results |= _decode(cfg, run_dir, target, folder)
     if job.trainer.is_global_zero:
@@ -107,8 +111,7 @@ def _assemble(
     drafter.init_from(target)
     drafter.to(target.device)
     teacher: Teacher = build(cfg.teacher, target=target)
-    for reader in readers:
-        teacher.choose_source(reader, drafter.feature_layers)
+    teacher.choose_source(readers[0], drafter.feature_layers)
     data: TrainData = build(
         cfg.data,
         train=readers[0],
@@ -145,6 +148,11 @@ def _assemble(
         loggers=list((loggers or {}).values()),
     )
     about = facts(target=target, drafter=drafter, dataset_hash=folder.hash, coverage=coverage)
+    about["dataset"] |= {
+        "name": folder.manifest["name"],
+        "examples": folder.manifest["splits"]["train"]["examples"],
+        "tokens_to_learn": folder.manifest["splits"]["train"]["learned"],
+    }
     keepers = [c for c in callbacks if isinstance(c, Checkpoints)]
     return _Job(module, data, trainer, keepers[0] if keepers else None, about)
 
@@ -180,11 +188,12 @@ def _finish(job: _Job, run_dir: Path) -> dict[str, Any]:
     """Validate the last drafter, keep the best one, and measure its ranks."""
     keeper = job.checkpoints
     last = job.data.total_steps
-    if keeper is None or keeper.validated_step != last:
+    if job.module.validated_step != last:
         job.trainer.validate(job.module, datamodule=job.data, verbose=False)
     if keeper is not None and keeper.best_step not in (None, last):
         best = load_drafter(keeper.folder / BEST, job.module.teacher.target)
         job.module.drafter.load_state_dict(best.state_dict())
+        keeper.decided = True
         say(f"The drafter of step {keeper.best_step} had the best {keeper.monitor}: it is kept.")
         job.trainer.validate(job.module, datamodule=job.data, verbose=False)
     if job.trainer.is_global_zero:

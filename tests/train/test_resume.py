@@ -127,6 +127,7 @@ def test_resuming_what_is_no_run(recipe: Recipe, tmp_path: Path) -> None:
 def test_metrics_drop_later_and_broken_rows(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("a,step\n1.0,1\n2.0,2\n3.0,3\n4.0")
     logger = RunCSV(run_dir=tmp_path, resume_step=2)
+    logger.log_metrics({"a": 8.0}, step=2)
     logger.log_metrics({"a": 9.0}, step=3)
     logger.save()
     assert (tmp_path / "metrics.csv").read_text().split() == ["a,step", "1.0,1", "2.0,2", "9.0,3"]
