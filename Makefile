@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt requirements-embedded.txt
 
 quickstart: $(STAMP)
 	$(BIN)/python -m train +experiment=hydra_heads
-	$(BIN)/python -m decode run=runs/hydra_heads/latest bench=mt_bench limit=24
+	$(BIN)/python -m decode run=runs/hydra_heads/latest bench=mt_bench limit=16
 	$(BIN)/python -m export run=runs/hydra_heads/latest exporter=hf
 
 test: $(STAMP)

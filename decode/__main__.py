@@ -1,7 +1,6 @@
 """`python -m decode run=<run folder> bench=<set>`: what a finished drafter gives."""
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from conf.check import RUNTIME_NAMES, build, check, friendly_errors
 from conf.console import console, say
-from decode.losslessness import compare_greedy
 from decode.measure import Measurement, measure
 from decode.prompts import Bench, Prompt
 from decode.report import caption, table, write
@@ -27,6 +25,7 @@ SUPPLIED = RUNTIME_NAMES | {"accuracy_KR", "dataset_folder"}
 def decode(cfg: DictConfig) -> int:
     """Measure one run on one benchmark. Returns the exit status: 1 when below the floor."""
     check(cfg, runtime=SUPPLIED)
+    _check_lossless(cfg)
     run = open_run(cfg.run)
     target = run.load_target(cfg.dtype)
     drafter = run.load_drafter(target)
@@ -40,20 +39,15 @@ def decode(cfg: DictConfig) -> int:
         "run": str(run.path),
         "config": OmegaConf.to_container(cfg, resolve=True),
     }
-    if cfg.lossless:
-        compared = compare_greedy(
-            target=target,
-            drafter=drafter,
-            policy=build(cfg.tree, accuracy_KR=_rank_accuracy(run), temperature=0.0),
-            prompts=prompts,
-            max_new_tokens=cfg.max_new_tokens,
-        )
-        say(compared.sentence())
-        facts["lossless"] = asdict(compared)
     console.print(table(measured, title=caption(measured, bench.name)))
     name = f"{bench.name}-{policy.name}-T{cfg.temperature:g}"
     folder = write(run.path / "decode" / name, measured, bench=bench.name, facts=facts)
     say(f"Written: {folder / 'results.json'} and plot.png")
+    compared = measured.lossless
+    if compared is not None:
+        say(compared.sentence())
+        if cfg.lossless and compared.identical < compared.prompts:
+            return 1
     if cfg.floor is not None and measured.tau.value < cfg.floor:
         say(
             f"{measured.tau.value:.3f} tokens per step (bonus included) are below the floor of "
@@ -61,6 +55,15 @@ def decode(cfg: DictConfig) -> int:
         )
         return 1
     return 0
+
+
+def _check_lossless(cfg: DictConfig) -> None:
+    if cfg.lossless and (cfg.temperature > 0 or not cfg.baseline):
+        raise ValueError(
+            f"lossless=true compares greedy answers with and without the drafter, but "
+            f"temperature={cfg.temperature:g} and baseline={cfg.baseline} were given; use "
+            "temperature=0 and baseline=true."
+        )
 
 
 def _measure(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from decode.bandwidth import count_reads, target_bytes
+from decode.losslessness import Comparison, compare
 from decode.prompts import Prompt
 from decode.session import Decoder, Generation
 from decode.verifier.base import Verifier
@@ -63,6 +64,7 @@ class Measurement:
 
     Milliseconds are per round. `plain_ms` is one round without a drafter: one token. Break-even is
     the tau at which decoding with this drafter, at these costs, would be as fast as without.
+    `lossless` compares the two answers token by token, when both are greedy.
     """
 
     prompts: int
@@ -93,6 +95,7 @@ class Measurement:
     mbsu: float
     target_bytes: int
     draft_bytes: float
+    lossless: Comparison | None
     records: list[PromptRecord]
 
     def as_dict(self) -> dict[str, Any]:
@@ -133,6 +136,7 @@ def measure(
 
     records: list[PromptRecord] = []
     plain_rounds: list[tuple[float, float]] = []
+    answers: list[tuple[Prompt, list[int], list[int]]] = []
     for i, prompt in enumerate(prompts):
         order = [drafted, plain] if i % 2 == 0 else [plain, drafted]
         made = {
@@ -142,12 +146,14 @@ def measure(
         }
         records.append(_record(prompt, made[drafted], made.get(plain)))
         if baseline:
+            answers.append((prompt, made[drafted].tokens, made[plain].tokens))
             plain_rounds += [
                 (r.target_s + r.draft_s + r.verify_s, r.target_s) for r in made[plain].rounds
             ]
         if on_prompt is not None:
             on_prompt(i + 1, _ratio(records, _tau_parts))
 
+    greedy = baseline and temperature == 0.0 and not verifier.lossy
     rounds = max(1, sum(r.rounds for r in records))
     tau = bootstrap(records, _tau_parts)
     draft_ms, target_ms, verify_ms = (
@@ -191,6 +197,7 @@ def measure(
         mbsu=tau.value * c / (c + draft_bytes),
         target_bytes=c,
         draft_bytes=draft_bytes,
+        lossless=compare(target, answers) if greedy else None,
         records=records,
     )
 

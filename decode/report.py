@@ -39,6 +39,9 @@ def _rows(m: Measurement) -> list[tuple[str, str, str]]:
             ("speed-up", f"{m.speedup}", _rates(m)),
             ("break-even", f"{m.break_even_tau:.2f}", "tokens per step for a speed-up of 1"),
         ]
+    if m.lossless is not None:
+        same = f"{m.lossless.identical} of {m.lossless.prompts}"
+        rows.append(("identical answers", same, "greedy, with and without the drafter"))
     rows.append(("MBSU", f"{m.mbsu:.2f}", "speed-up if reading weights were the only cost"))
     rows += [(f"  {name}", str(tau), "tokens per step") for name, tau in m.tau_by_category.items()]
     return rows

@@ -7,9 +7,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from decode import losslessness
 from decode.bandwidth import count_reads, target_bytes
-from decode.losslessness import compare_greedy, first_difference
+from decode.losslessness import Comparison, first_difference
 from decode.measure import Measurement, PromptRecord, _speed_parts, _tau_parts, bootstrap, measure
 from decode.prompts import Prompt
 from decode.report import caption, table, write
@@ -237,21 +236,13 @@ def test_the_table_says_what_the_numbers_mean(measured: Measurement) -> None:
 @pytest.mark.parametrize(
     "policy", [Chain(gamma=3), StaticTree(nodes=8, accuracy_KR=[[0.4, 0.3], [0.4, 0.2]])]
 )
-def test_compare_greedy_finds_nothing_in_fp32(target: Target, policy) -> None:
-    compared = compare_greedy(
-        target=target,
-        drafter=echo(target, noise=0.7),
-        policy=policy,
-        prompts=PROMPT_SET,
-        max_new_tokens=16,
-    )
+def test_greedy_answers_are_compared_in_the_same_run(target: Target, policy) -> None:
+    compared = _compare(target, Greedy(), policy, noise=0.7)
     assert (compared.prompts, compared.identical, compared.differences) == (4, 4, [])
     assert "4 of 4 greedy answers (64 tokens, float32) are identical" in compared.sentence()
 
 
-def test_compare_greedy_finds_a_wrong_verifier(
-    target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_comparison_finds_a_wrong_verifier(target: Target) -> None:
     class Trusting(Greedy):
         def verify(self, tree, p, chance):
             verdict = super().verify(tree, p, chance)
@@ -259,19 +250,25 @@ def test_compare_greedy_finds_a_wrong_verifier(
                 return replace(verdict, path=[0, 1])
             return verdict
 
-    monkeypatch.setattr(losslessness, "Greedy", Trusting)
-    compared = compare_greedy(
-        target=target,
-        drafter=echo(target, noise=50.0),
-        policy=Chain(gamma=2),
-        prompts=PROMPT_SET,
-        max_new_tokens=16,
-    )
+    compared = _compare(target, Trusting(), Chain(gamma=2), noise=50.0)
     assert compared.identical == 0
     for found in compared.differences:
         assert found.plain_rank == 0
         assert found.drafted_rank > 0
         assert found.gap > 10 * found.step
+
+
+def _compare(target: Target, verifier: Greedy, policy, noise: float) -> Comparison:
+    compared = measure(
+        target=target,
+        drafter=echo(target, noise=noise),
+        policy=policy,
+        verifier=verifier,
+        prompts=PROMPT_SET,
+        max_new_tokens=16,
+    ).lossless
+    assert compared is not None
+    return compared
 
 
 def test_the_gap_is_read_where_the_answers_part(target: Target) -> None:
