@@ -108,7 +108,7 @@ def _assemble(
     drafter = make_drafter(cfg.drafter, target)
     coverage = choose_draft_vocab(drafter, readers[0], target)
     drafter.bind(target)
-    drafter.init_from(target)
+    drafter.init_from(target, calibration_texts(readers[0]))
     drafter.to(target.device)
     teacher: Teacher = build(cfg.teacher, target=target)
     teacher.choose_source(readers[0], drafter.feature_layers)
@@ -182,6 +182,12 @@ def choose_draft_vocab(drafter: Drafter, reader: ShardReader, target: Target) ->
         f"{coverage:.2%} of the answer tokens to learn."
     )
     return coverage
+
+
+def calibration_texts(reader: ShardReader, limit: int = 64) -> list[torch.Tensor]:
+    """A few examples, spread evenly over the training split."""
+    step = max(1, len(reader) // limit)
+    return [reader[i].tokens for i in range(0, len(reader), step)][:limit]
 
 
 def _finish(job: _Job, run_dir: Path) -> dict[str, Any]:

@@ -13,8 +13,9 @@ features at positions <= t and tokens at positions <= t+1+k. Its teacher is p_{t
 prediction counts in the loss only where token t+2+k is a token to learn: mask_t = learn[t+2+k].
 
 A `Depth` says `shift` = 1+k for that: the state at index t is taught by p_{t+shift}, its label is
-x_{t+shift+1}, and it has read tokens <= t+shift. A recurrent family (a small language model) has
-one depth with shift 0 that serves every k: the state for (t, k) is then the one at index t+1+k.
+x_{t+shift+1}, and it has read tokens <= t+shift. In a recurrent family (a small language model) all
+depths have shift 0 and the *last* one serves every k: the state for (t, k) is then the one at index
+t+1+k. Depths before the last are other exits of the same network, trained beside it.
 
 Shape legend: B sequences, T positions, N rows or tree nodes, K depths, d hidden size,
 V target vocabulary, D draft vocabulary.
@@ -22,7 +23,7 @@ V target vocabulary, D draft vocabulary.
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,7 +44,8 @@ class Depth:
     Logits are never made here, so that a loss can project in chunks. `positions_BN` is None when
     the states cover positions 0..T-1 in order; otherwise it gives the position t of each state
     (sampled anchors). `mask_BN` removes states beyond the rule above (valid prefix, dropped
-    anchors). `feature_BNd` is an optional prediction of f_{t+shift}.
+    anchors), `weight_BN` (no gradient) weighs those that remain. `feature_BNd` is an optional
+    prediction of f_{t+shift}.
     """
 
     states_BNd: Tensor
@@ -51,6 +53,7 @@ class Depth:
     shift: int
     positions_BN: Tensor | None = None
     mask_BN: Tensor | None = None
+    weight_BN: Tensor | None = None
     feature_BNd: Tensor | None = None
 
 
@@ -123,6 +126,9 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
     draft_ids_D: Tensor | None
     feature_layers: tuple[int, ...] = ()
     """Inner layers h^l this drafter reads, beside f_t."""
+    reads_features: bool = True
+    """False for a drafter that reads tokens only: it can draft, and be sampled from, without the
+    target (training on its own text)."""
 
     @property
     def reads_history(self) -> bool:
@@ -184,8 +190,12 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
     def head(self, depth: int) -> Head:
         """The vocabulary head of depth k."""
 
-    def init_from(self, target: Target) -> None:
-        """Copy from the target what the recipe starts from. `bind` and `set_vocab` come first."""
+    def init_from(self, target: Target, calibration: Sequence[Tensor] = ()) -> None:
+        """Copy from the target what the recipe starts from. `bind` and `set_vocab` come first.
+
+        `calibration` are token sequences of the training split, for recipes that first look at what
+        the target does on text (importance of its layers or channels).
+        """
 
     def initial_state(self) -> Any:
         """The decoding state before anything was read. None unless a family keeps more."""

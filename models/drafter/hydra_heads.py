@@ -3,7 +3,7 @@
 Shape legend: B sequences, T positions, N tree nodes, k depth, d hidden size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,7 @@ class HydraHeads(Drafter):
     def head(self, depth: int) -> Head:
         return self.heads[depth]  # type: ignore[return-value]
 
-    def init_from(self, target: Target) -> None:
+    def init_from(self, target: Target, calibration: Sequence[Tensor] = ()) -> None:
         for depth in range(self.num_depths):
             self.head(depth).init_from(target, self.draft_ids_D)
 
