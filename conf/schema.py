@@ -21,7 +21,10 @@ class TrainConfig:
     seed: int = 0
     target: Any = MISSING
     dataset: Any = MISSING
+    mix: Any = None
     drafter: Any = MISSING
+    start: str | None = None
+    vocab_from: str | None = None
     loss: Any = MISSING
     depth_decay: float = 1.0
     teacher: Any = MISSING

@@ -58,8 +58,7 @@ class DraftModule(LightningModule):
 
     def prepare(self, batch: Batch) -> tuple[list[Depth], Lesson]:
         """Drafter states at every depth, and what they are taught."""
-        features, logz_BT = self.teacher.features(batch, self.drafter.feature_layers)
-        features = self._in_step_dtype(features)
+        features, logz_BT = self._features(batch)
         lesson = make_lesson(
             tokens_BT=batch.tokens_BT,
             learn_BT=batch.learn_BT,
@@ -69,6 +68,14 @@ class DraftModule(LightningModule):
             vocab_size=self.drafter.vocab_size,
         )
         return list(self.drafter.unroll(features, batch.tokens_BT)), lesson
+
+    def _features(self, batch: Batch) -> tuple[Features, Tensor | None]:
+        """What the target computed; nothing at all (width 0) where nobody asks for it: a drafter
+        that reads tokens only, learning from tokens only (pretraining on text)."""
+        if self.training and not (self.drafter.reads_features or self.loss.needs_target):
+            return Features(torch.empty(*batch.tokens_BT.shape, 0, device=self.device)), None
+        features, logz_BT = self.teacher.features(batch, self.drafter.feature_layers)
+        return self._in_step_dtype(features), logz_BT
 
     def _in_step_dtype(self, features: Features) -> Features:
         """fp32 training reads fp32 features; autocast casts what it multiplies by itself."""

@@ -37,6 +37,7 @@ from models.vocab import choose_vocab, count_tokens
 from train.callbacks import BEST, Checkpoints
 from train.data import TrainData
 from train.losses import RowLoss
+from train.mix import Mix
 from train.module import DraftModule
 from train.record import facts, point_latest, write_config, write_json
 from train.resume import ResumePoint, find_checkpoint, read_config
@@ -68,11 +69,18 @@ def train(cfg: DictConfig, run_dir: Path) -> Path:
     check(cfg, runtime=SUPPLIED)
     _quieten()
     dataset: Dataset = build(cfg.dataset)
+    mix: Mix | None = build(cfg.mix)
+    start = None if cfg.start is None else start_folder(cfg.start)
+    if start is not None:
+        # `latest` may name another run by the time this one is resumed.
+        cfg.start = str(start.resolve())
     target: Target = build(cfg.target)
     if cfg.resume is None and point.path is None:
         write_config(run_dir, cfg)
     folder = dataset.prepare(target)
-    job = _assemble(cfg, run_dir, target, folder, point)
+    if mix is not None:
+        mix.prepare(target)
+    job = _assemble(cfg, run_dir, target, folder, point, mix, start)
     write_json(run_dir / "run.json", job.facts | {"finished": False})
     say(f"Run folder: {run_dir}")
     begin = time.perf_counter()
@@ -99,23 +107,34 @@ class _Job:
 
 
 def _assemble(
-    cfg: DictConfig, run_dir: Path, target: Target, folder: DatasetFolder, point: ResumePoint
+    cfg: DictConfig,
+    run_dir: Path,
+    target: Target,
+    folder: DatasetFolder,
+    point: ResumePoint,
+    mix: Mix | None,
+    start: Path | None,
 ) -> _Job:
     """Everything a run is made of."""
-    readers = folder.reader("train"), folder.reader("val")
+    own, val = folder.reader("train"), folder.reader("val")
+    train = own if mix is None else mix.reader(own)
     # The drafter's random weights depend on the seed alone, not on what was computed before.
     torch.manual_seed(cfg.seed)
     drafter = make_drafter(cfg.drafter, target)
-    coverage = choose_draft_vocab(drafter, readers[0], target)
-    drafter.bind(target)
-    drafter.init_from(target, calibration_texts(readers[0]))
+    if start is None:
+        answers = own if cfg.vocab_from is None else DatasetFolder(cfg.vocab_from).reader("train")
+        coverage = choose_draft_vocab(drafter, answers, target)
+        drafter.bind(target).init_from(target, calibration_texts(own))
+    else:
+        start_from(drafter, start, target)
+        coverage = coverage_of(drafter, own, target)
     drafter.to(target.device)
     teacher: Teacher = build(cfg.teacher, target=target)
-    teacher.choose_source(readers[0], drafter.feature_layers)
+    teacher.choose_source(train, drafter.feature_layers)
     data: TrainData = build(
         cfg.data,
-        train=readers[0],
-        val=readers[1],
+        train=train,
+        val=val,
         seed=cfg.seed,
         epochs=cfg.trainer.get("epochs"),
         max_steps=cfg.trainer.get("max_steps"),
@@ -171,17 +190,67 @@ def choose_draft_vocab(drafter: Drafter, reader: ShardReader, target: Target) ->
     """The most frequent tokens to learn of the training split; returns their share of all."""
     if drafter.draft_vocab_size is None:
         return 1.0
+    counts_V = learned_counts(reader, target)
+    ids_D, _ = choose_vocab(counts_V, drafter.draft_vocab_size, required=target.eos_ids)
+    drafter.set_vocab(ids_D)
+    return coverage_of(drafter, reader, target)
+
+
+def coverage_of(drafter: Drafter, reader: ShardReader, target: Target) -> float:
+    """The share of the tokens to learn that can be drafted at all; says it."""
+    if drafter.draft_ids_D is None:
+        return 1.0
+    counts_V = learned_counts(reader, target)
+    coverage = float(counts_V[drafter.draft_ids_D].sum() / counts_V.sum())
+    say(
+        f"Draft vocabulary: {len(drafter.draft_ids_D):,} of {target.vocab_size:,} tokens, which "
+        f"are {coverage:.2%} of the answer tokens to learn."
+    )
+    return coverage
+
+
+def learned_counts(reader: ShardReader, target: Target) -> torch.Tensor:
+    """How often each token is one to learn, `[V]`."""
     counts_V = torch.zeros(target.vocab_size, dtype=torch.long)
     for i in range(len(reader)):
         example = reader[i]
         counts_V += count_tokens(example.tokens, example.learn, target.vocab_size)
-    ids_D, coverage = choose_vocab(counts_V, drafter.draft_vocab_size, required=target.eos_ids)
-    drafter.set_vocab(ids_D)
-    say(
-        f"Draft vocabulary: {len(ids_D):,} of {target.vocab_size:,} tokens, which are "
-        f"{coverage:.2%} of the answer tokens to learn."
+    return counts_V
+
+
+def start_folder(start: str) -> Path:
+    """The drafter folder that `start` names: a run (its `drafter`), or a drafter itself."""
+    for folder in (Path(start) / "drafter", Path(start)):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ValueError(
+        f"start={start} should be a run folder or a drafter folder, but there is neither a "
+        "config.json nor a drafter/config.json in it; give runs/<name>/latest of a finished run."
     )
-    return coverage
+
+
+def start_from(drafter: Drafter, folder: Path, target: Target) -> None:
+    """Take over the weights and the draft vocabulary of the drafter in `folder`."""
+    earlier = load_drafter(folder, target)
+    if type(earlier) is not type(drafter) or earlier.draft_vocab_size != drafter.draft_vocab_size:
+        raise ValueError(
+            f"start={folder} holds a {type(earlier).__name__} with a draft vocabulary of "
+            f"{earlier.draft_vocab_size}, but this run trains a {type(drafter).__name__} with "
+            f"{drafter.draft_vocab_size}; weights only go over between equal drafters, so use the "
+            "drafter settings of that run."
+        )
+    if earlier.draft_ids_D is not None:
+        drafter.set_vocab(earlier.draft_ids_D)
+    drafter.bind(target)
+    try:
+        drafter.start_from(earlier)
+    except RuntimeError as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise ValueError(
+            f"start={folder} does not fit the drafter of this run ({reason}); use the drafter "
+            "settings of that run (its .hydra/config.yaml)."
+        ) from error
+    say(f"Training begins with the weights of {folder}.")
 
 
 def calibration_texts(reader: ShardReader, limit: int = 64) -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ from data_prep.shards import ShardReader
 from models.target import Features, Target
 from train.data import Batch
 from train.losses import TargetRows
+from train.mix import MixedReader
 
 
 class Teacher:
@@ -43,7 +44,7 @@ class Teacher:
         self._bias_D: Tensor | None = None
         self._draft_ids_D: Tensor | None = None
 
-    def choose_source(self, reader: ShardReader, layers: tuple[int, ...]) -> None:
+    def choose_source(self, reader: "ShardReader | MixedReader", layers: tuple[int, ...]) -> None:
         """Decide between shards and online, or refuse what was asked for."""
         stored = reader.layers
         usable = stored is not None and set(layers) <= set(stored)

@@ -197,6 +197,10 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
         the target does on text (importance of its layers or channels).
         """
 
+    def start_from(self, earlier: "Drafter") -> None:
+        """Begin with the weights of another drafter of this family. `bind` comes first."""
+        self.load_state_dict(earlier.state_dict())
+
     def initial_state(self) -> Any:
         """The decoding state before anything was read. None unless a family keeps more."""
         return None
