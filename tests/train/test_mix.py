@@ -63,7 +63,7 @@ def test_all_is_used_and_said_when_there_is_too_little(
 ) -> None:
     """Half of the whole would be 180 tokens; there are 120."""
     assert len(mixed(tmp_path, 0.5)) == 50
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = " ".join("".join(capsys.readouterr()).split())
     assert "120 tokens to learn of dataset 'extra', all it has" in printed
 
 
@@ -75,5 +75,5 @@ def test_features_only_where_both_have_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1])
 def test_a_share_of_nothing_or_all_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match="mix.share="):
+    with pytest.raises(ValueError, match=r"mix\.share="):
         Mix(dataset=None, share=share)  # type: ignore[arg-type]
