@@ -15,26 +15,20 @@ from typing import Any
 import numpy as np
 
 from decode.bandwidth import count_reads, target_bytes
+from decode.interval import (
+    Estimate,
+    bootstrap,
+    ratio,
+    sum_by_depth,
+    tau_by_category,
+    tau_parts,
+)
 from decode.losslessness import Comparison, compare
 from decode.prompts import Prompt
 from decode.session import Decoder, Generation
 from decode.verifier.base import Verifier
 from models.drafter.base import Drafter, Policy
 from models.target import Target
-
-RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A ratio with its 95 % bootstrap interval over prompts."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 @dataclass(frozen=True)
@@ -132,7 +126,7 @@ def measure(
     common: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
     drafted = Decoder(target=target, drafter=drafter, verifier=verifier, policy=policy, **common)
     plain = Decoder(target=target, drafter=None, verifier=verifier, policy=None, **common)
-    draft_bytes = _warm_up(drafted, plain if baseline else None, drafter, prompts[0])
+    draft_bytes = warm_up(drafted, plain if baseline else None, drafter, prompts[0])
 
     records: list[PromptRecord] = []
     plain_rounds: list[tuple[float, float]] = []
@@ -151,11 +145,11 @@ def measure(
                 (r.target_s + r.draft_s + r.verify_s, r.target_s) for r in made[plain].rounds
             ]
         if on_prompt is not None:
-            on_prompt(i + 1, _ratio(records, _tau_parts))
+            on_prompt(i + 1, ratio(records, tau_parts))
 
     greedy = baseline and temperature == 0.0 and not verifier.lossy
     rounds = max(1, sum(r.rounds for r in records))
-    tau = bootstrap(records, _tau_parts)
+    tau = bootstrap(records, tau_parts)
     draft_ms, target_ms, verify_ms = (
         1000 * sum(getattr(r, part) for r in records) / rounds
         for part in ("draft_s", "target_s", "verify_s")
@@ -163,9 +157,8 @@ def measure(
     plain_ms = plain_target_ms = None
     if plain_rounds:
         plain_ms, plain_target_ms = (1000 * float(x) for x in np.mean(plain_rounds, axis=0))
-    depths = max(len(r.tested_by_depth) for r in records)
-    reached = [_at_depth(records, "tested_by_depth", k) for k in range(depths)]
-    accepted = [_at_depth(records, "accepted_by_depth", k) for k in range(depths)]
+    reached = [int(n) for n in sum_by_depth([r.tested_by_depth for r in records])]
+    accepted = sum_by_depth([r.accepted_by_depth for r in records])
     tokens, seconds = sum(r.new_tokens for r in records), sum(r.total_s for r in records)
     c = target_bytes(target)
     return Measurement(
@@ -181,7 +174,7 @@ def measure(
         dtype=str(target.dtype).removeprefix("torch."),
         device=str(target.device),
         tau=tau,
-        tau_by_category=_by_category(records),
+        tau_by_category=tau_by_category(records),
         alpha_by_depth=[a / r if r else 0.0 for a, r in zip(accepted, reached, strict=True)],
         reached_by_depth=reached,
         nodes_per_round=sum(r.nodes for r in records) / rounds,
@@ -202,39 +195,6 @@ def measure(
     )
 
 
-def bootstrap(
-    records: Sequence[PromptRecord], parts: Callable[[PromptRecord], tuple[float, ...]]
-) -> Estimate:
-    """A ratio of sums over prompts, and the interval from prompts drawn again with replacement.
-
-    `parts` gives (a, b) for sum(a) / sum(b), or (a, b, c, d) for (sum a / sum b) / (sum c / sum d).
-    """
-    table_PC = np.array([parts(r) for r in records], dtype=np.float64)
-    draws_RP = np.random.default_rng(0).integers(len(records), size=(RESAMPLES, len(records)))
-    ratios_R = _divide(table_PC[draws_RP].sum(axis=1))
-    low, high = np.quantile(ratios_R, [0.025, 0.975])
-    return Estimate(_ratio(records, parts), float(low), float(high))
-
-
-def _ratio(
-    records: Sequence[PromptRecord], parts: Callable[[PromptRecord], tuple[float, ...]]
-) -> float:
-    total_C = np.array([parts(r) for r in records], dtype=np.float64).sum(axis=0)
-    return float(_divide(total_C[None])[0])
-
-
-def _divide(sums_RC: np.ndarray) -> np.ndarray:
-    # A prompt answered by its first token alone has no rounds; max(1) keeps such a resample finite.
-    ratio_R = sums_RC[:, 0] / np.where(sums_RC[:, 1] > 0, sums_RC[:, 1], 1.0)
-    if sums_RC.shape[1] == 4:
-        ratio_R = ratio_R / (sums_RC[:, 2] / sums_RC[:, 3])
-    return ratio_R
-
-
-def _tau_parts(r: PromptRecord) -> tuple[float, ...]:
-    return r.produced, r.rounds
-
-
 def _speed_parts(r: PromptRecord) -> tuple[float, ...]:
     """Seconds per token without / with: answers may differ in length when they are sampled."""
     assert r.plain_total_s is not None
@@ -245,23 +205,6 @@ def _speed_parts(r: PromptRecord) -> tuple[float, ...]:
 def _plain_rate(records: Sequence[PromptRecord]) -> float:
     seconds = sum(r.plain_total_s or 0.0 for r in records)
     return sum(r.plain_new_tokens or 0 for r in records) / seconds
-
-
-def _at_depth(records: Sequence[PromptRecord], field: str, depth: int) -> int:
-    counts = [getattr(r, field) for r in records]
-    return sum(c[depth] for c in counts if depth < len(c))
-
-
-def _by_category(records: Sequence[PromptRecord]) -> dict[str, Estimate]:
-    """tau of each category, best first; empty when there is only one."""
-    groups: dict[str, list[PromptRecord]] = {}
-    for record in records:
-        if record.category:
-            groups.setdefault(record.category, []).append(record)
-    if len(groups) < 2:
-        return {}
-    found = {name: bootstrap(group, _tau_parts) for name, group in groups.items()}
-    return dict(sorted(found.items(), key=lambda item: -item[1].value))
 
 
 def _record(prompt: Prompt, made: Generation, plain: Generation | None) -> PromptRecord:
@@ -286,7 +229,7 @@ def _record(prompt: Prompt, made: Generation, plain: Generation | None) -> Promp
     )
 
 
-def _warm_up(drafted: Decoder, plain: Decoder | None, drafter: Drafter, prompt: Prompt) -> float:
+def warm_up(drafted: Decoder, plain: Decoder | None, drafter: Drafter, prompt: Prompt) -> float:
     """Pay one-time costs before the clock runs; the weight bytes one draft reads, on the way."""
     tokens = prompt.tokens[:32]
     with count_reads(drafter) as counter:

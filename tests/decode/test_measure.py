@@ -8,8 +8,9 @@ import torch
 from rich.console import Console
 
 from decode.bandwidth import count_reads, target_bytes
+from decode.interval import bootstrap, tau_parts
 from decode.losslessness import Comparison, first_difference
-from decode.measure import Measurement, PromptRecord, _speed_parts, _tau_parts, bootstrap, measure
+from decode.measure import Measurement, PromptRecord, _speed_parts, measure
 from decode.prompts import Prompt
 from decode.report import caption, table, write
 from decode.tree.chain import Chain
@@ -59,8 +60,8 @@ def measured(target: Target) -> Measurement:
 
 def test_ratios_of_sums_by_hand() -> None:
     slow = replace(RECORD, rounds=6, produced=6, plain_total_s=1.0)
-    assert bootstrap([RECORD], _tau_parts).value == 2.0
-    tau = bootstrap([RECORD, slow], _tau_parts)
+    assert bootstrap([RECORD], tau_parts).value == 2.0
+    tau = bootstrap([RECORD, slow], tau_parts)
     assert tau.value == 14 / 10  # a ratio of sums, not the mean 1.5 of ratios
     assert (tau.low, tau.high) == (1.0, 2.0)
     speed = bootstrap([RECORD, slow], _speed_parts)
@@ -73,7 +74,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     for _ in range(100):
         produced = 1 + torch.randint(0, 3, (40, 10), generator=generator)
         records = [replace(RECORD, produced=int(p.sum()), rounds=10) for p in produced]
-        interval = bootstrap(records, _tau_parts)
+        interval = bootstrap(records, tau_parts)
         covered += interval.low <= 2.0 <= interval.high
     assert 86 <= covered <= 100
 
