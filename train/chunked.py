@@ -180,6 +180,7 @@ def plain_loss(
             lesson.label_U[teacher_N],
             None if target is None else target.take(teacher_N),
             loss,
+            _weights_of(depth, state_N),
         )
         losses.append(loss_N.sum())
         rights.append(right)
@@ -191,14 +192,25 @@ def plain_loss(
     )
 
 
+def _weights_of(depth: Depth, state_N: Tensor) -> Tensor | None:
+    """The depth's own weights of some of its states."""
+    return None if depth.weight_BN is None else depth.weight_BN.detach().flatten()[state_N]
+
+
 def _row_losses(
-    logits_nD: Tensor, label_n: Tensor, target: TargetRows | None, loss: RowLoss
+    logits_nD: Tensor,
+    label_n: Tensor,
+    target: TargetRows | None,
+    loss: RowLoss,
+    weight_n: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Losses `[n]` of some rows, and how many labels are the draft's most likely token."""
+    """Weighted losses `[n]` of some rows; how many labels are the draft's most likely token."""
     # Loss arithmetic is fp32 whatever the projection ran in.
     with torch.autocast(logits_nD.device.type, enabled=False):
         logq_nD = F.log_softmax(logits_nD, dim=-1, dtype=torch.float32)
         loss_n = loss(Rows(logq_nD, label_n, target))
+        if weight_n is not None:
+            loss_n = loss_n * weight_n
         with torch.no_grad():
             label_logq_n1 = logq_nD.gather(-1, label_n.clamp(min=0)[:, None])
             best_n = label_logq_n1[:, 0] >= logq_nD.amax(-1)
@@ -274,6 +286,7 @@ class _ChunkedLoss(torch.autograd.Function):
                             lesson.label_U[start:stop][teacher_n],
                             taught,
                             work.loss,
+                            _weights_of(depth, state_n),
                         )
                         summed = loss_n.sum()
                     loss_K[k] += summed.detach()

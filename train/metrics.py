@@ -113,8 +113,11 @@ def tally_batch(
             with torch.autocast(at_n.device.type, enabled=False):
                 logits_nD = depth.head(depth.states_BNd.flatten(0, 1)[at_n].float())
                 logq_nD = F.log_softmax(logits_nD.float(), dim=-1)
-                tally.loss_K[k] += loss(Rows(logq_nD, label_n, own)).sum()
-                tally.overlap_K[k] += torch.minimum(own.p_ND, logq_nD.exp()).sum()
+                loss_n = loss(Rows(logq_nD, label_n, own))
+                if depth.weight_BN is not None:
+                    loss_n = loss_n * depth.weight_BN.flatten()[at_n]
+                tally.loss_K[k] += loss_n.sum()
+                tally.overlap_K[k] += torch.minimum(own.p_ND, own.view(logq_nD).exp()).sum()
             top_nR = logq_nD.topk(min(RANKS, logq_nD.shape[-1])).indices
             hits_R = (top_nR == label_n[:, None]).sum(0)
             tally.rank_KR[k, : len(hits_R)] += hits_R

@@ -247,3 +247,30 @@ def test_a_perfect_draft_has_no_loss_only_at_the_right_shift(target: Target) -> 
     per_row = (sums.loss_K / sums.count_K).tolist()
     assert per_row[1] == pytest.approx(0.0, abs=1e-5)
     assert min(per_row[0], per_row[2]) > 0.1
+
+
+def test_weights_multiply_rows(target: Target) -> None:
+    """Weights 0 and 1 act like a mask, except that the rows still count; 2 doubles."""
+    drafter = toy.medusa(target)
+    features, _, lesson = batch(target, drafter)
+    head = drafter.head(0)
+    torch.manual_seed(3)
+    keep_BN = torch.rand(3, 21) < 0.5
+
+    def loss_of(**depth: Any) -> tuple[float, float]:
+        common: dict[str, Any] = {
+            "depths": [Depth(features.final_BTd, head, 1, **depth)],
+            "lesson": lesson,
+            "loss": ForwardKL(),
+            "projection": toy.teacher(target, drafter),
+            "depth_decay": 1.0,
+        }
+        plain = plain_loss(**common)
+        chunked = chunked_loss(chunk_rows=7, **common)
+        assert chunked.total.item() == pytest.approx(plain.total.item(), rel=1e-5)
+        return chunked.total.item(), float(chunked.count_K[0])
+
+    masked, some = loss_of(mask_BN=keep_BN)
+    weighted, all_of_them = loss_of(weight_BN=2.0 * keep_BN)
+    assert weighted == pytest.approx(2 * masked, rel=1e-5)
+    assert some < all_of_them

@@ -92,3 +92,43 @@ def test_a_term_of_weight_zero_asks_for_no_target() -> None:
         }
     )
     assert not only.needs_target
+
+
+def test_buckets_by_hand() -> None:
+    """q = (1, 2, 3, 4)/10; named 3 and 1, one bucket empty: 4/10, 2/10, 0, and a tail of 4/10."""
+    logq = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
+    target = TargetRows(
+        torch.tensor([[0.5, 0.2, 0.0, 0.3]]).log().clamp(min=-1e4), torch.tensor([[3, 1, -1]])
+    )
+    assert target.view(logq).exp()[0].tolist() == pytest.approx([0.4, 0.2, 0.0, 0.4])
+    expected = 0.5 * math.log(0.5 / 0.4) + 0.3 * math.log(0.3 / 0.4)
+    given = Rows(logq, torch.tensor([2]), target)
+    assert ForwardKL()(given).item() == pytest.approx(expected, rel=1e-5)
+    # A label in the tail keeps its own probability.
+    assert CrossEntropy()(given).item() == pytest.approx(-math.log(0.3))
+
+
+def test_tail_bucket_gradient_is_that_of_the_full_divergence_on_named_ids() -> None:
+    """On K: q - p. Elsewhere: q (1 - p_tail / q_tail)."""
+    logits = torch.randn(3, 9, dtype=torch.float64, requires_grad=True)
+    p = torch.randn(3, 9, dtype=torch.float64).softmax(-1)
+    q = logits.detach().softmax(-1)
+    ids = p.topk(4).indices
+    named = p.gather(-1, ids)
+    buckets = torch.cat([named, 1 - named.sum(-1, keepdim=True)], -1).log()
+    target = TargetRows(buckets, ids)
+    ForwardKL()(Rows(logits.log_softmax(-1), torch.zeros(3).long(), target)).sum().backward()
+    ratio = (1 - named.sum(-1, keepdim=True)) / (1 - q.gather(-1, ids).sum(-1, keepdim=True))
+    expected = (q * (1 - ratio)).scatter(-1, ids, (q - p).gather(-1, ids))
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_naming_every_token_leaves_an_empty_tail() -> None:
+    logits = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    p = torch.randn(2, 5, dtype=torch.float64).softmax(-1)
+    ids = torch.arange(5).expand(2, 5)
+    logp = torch.cat([p.log(), torch.full((2, 1), -1e4, dtype=torch.float64)], -1)
+    value = ForwardKL()(Rows(logits.log_softmax(-1), torch.zeros(2).long(), TargetRows(logp, ids)))
+    torch.testing.assert_close(value, ForwardKL()(rows(logits, [0, 0], p)))
+    value.sum().backward()
+    torch.testing.assert_close(logits.grad, logits.detach().softmax(-1) - p)
