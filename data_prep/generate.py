@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.cache import GrowingCache
-from models.sampling import probabilities
+from models.sampling import draw, probabilities
 from models.target import Target
 
 
@@ -76,7 +76,7 @@ class Generator:
     def answer_batch(self, batch: Sequence[Request]) -> list[Answer]:
         """Answer one batch. Rows that are finished leave it as soon as a quarter has."""
         target, device = self.target, self.target.device
-        tokens_BT, visible_BT = _pad_left(batch, target.eos_ids[0] if target.eos_ids else 0)
+        tokens_BT, visible_BT = pad_left(batch, target.eos_ids[0] if target.eos_ids else 0)
         tokens_BT, visible_BT = tokens_BT.to(device), visible_BT.to(device)
         noise = _Noise(batch)
         eos = torch.tensor(target.eos_ids, device=device)
@@ -139,11 +139,7 @@ class _Noise:
             groups.setdefault((request.temperature, request.top_p), []).append(i)
         for (temperature, top_p), members in groups.items():
             p_NV = probabilities(logits_BV[members], temperature=temperature, top_p=top_p)
-            cdf_NV = p_NV.double().cumsum(-1)
-            uniform_N = self.uniforms_BT[rows[members], step].to(cdf_NV.device, torch.double)
-            point_N1 = (uniform_N * cdf_NV[:, -1])[:, None]
-            drawn_N = torch.searchsorted(cdf_NV, point_N1, right=True).squeeze(-1)
-            chosen_B[members] = drawn_N.clamp(max=logits_BV.shape[-1] - 1)
+            chosen_B[members] = draw(p_NV, self.uniforms_BT[rows[members], step])
         return chosen_B
 
 
@@ -151,8 +147,8 @@ def _length(request: Request) -> int:
     return len(request.tokens) + request.max_new_tokens
 
 
-def _pad_left(batch: Sequence[Request], filler: int) -> tuple[Tensor, Tensor]:
-    """Prompts padded on the left, and 1 where a token is real."""
+def pad_left(batch: Sequence[Request], filler: int) -> tuple[Tensor, Tensor]:
+    """Prompts `[B, T]` padded on the left, and 1 where a token is real."""
     longest = max(len(r.tokens) for r in batch)
     tokens_BT = torch.full((len(batch), longest), filler, dtype=torch.long)
     visible_BT = torch.zeros((len(batch), longest), dtype=torch.long)

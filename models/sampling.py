@@ -36,3 +36,14 @@ def probabilities(
 def sample(p_NV: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One id per row of a distribution, `[N]`."""
     return torch.multinomial(p_NV, 1, generator=generator).squeeze(-1)
+
+
+def draw(p_NV: Tensor, uniform_N: Tensor) -> Tensor:
+    """One id per row by inverting the cumulative distribution at given uniform numbers, `[N]`.
+
+    The noise is the caller's, so that a draw need not depend on what else is in the batch.
+    """
+    cdf_NV = p_NV.double().cumsum(-1)
+    point_N1 = (uniform_N.to(cdf_NV.device, torch.double) * cdf_NV[:, -1])[:, None]
+    drawn_N = torch.searchsorted(cdf_NV, point_N1, right=True).squeeze(-1)
+    return drawn_N.clamp(max=p_NV.shape[-1] - 1)
