@@ -78,23 +78,63 @@ class Rows:
     `logq_ND` is the draft's log-softmax in fp32, over the whole draft vocabulary. `label_N` is the
     draft-vocabulary index of the token that came, -1 when it lies outside. `target` is None unless
     the loss asks for it; where it is given, `logq_NC` has the columns of its log p.
+
+    `feature_Nd` and `target_feature_Nd` are a predicted feature and f_{t+shift} (needs_features).
+    `uniform_NS` are numbers in [0, 1) to draw with (num_draws), the same in every pass over a row.
+    `statistics_S` are the sums of `RowLoss.statistics` over all rows of this depth in the
+    micro-batch, on all ranks (num_statistics).
     """
 
     logq_ND: Tensor
     label_N: Tensor
     target: TargetRows | None = None
+    feature_Nd: Tensor | None = None
+    target_feature_Nd: Tensor | None = None
+    uniform_NS: Tensor | None = None
+    statistics_S: Tensor | None = None
 
     @cached_property
     def logq_NC(self) -> Tensor:
         assert self.target is not None, "a loss that compares with p sets needs_target"
         return self.target.view(self.logq_ND)
 
+    @property
+    def logp_NC(self) -> Tensor:
+        assert self.target is not None
+        return self.target.logp_ND
+
+    @property
+    def p_NC(self) -> Tensor:
+        assert self.target is not None
+        return self.target.p_ND
+
+    @property
+    def outside_N(self) -> Tensor:
+        """1 - P_D: the mass of p that no draft can reach."""
+        return (1.0 - self.p_NC.sum(-1)).clamp(min=0.0)
+
 
 class RowLoss(ABC):
-    """A loss of single rows. `needs_target`: whether p has to be computed at all."""
+    """A loss of single rows.
+
+    A loss that depends on the whole micro-batch (a mean, a standard deviation) says so by
+    `num_statistics`: before the pass that takes gradients, all rows are walked once without them,
+    `statistics` of each chunk are added up, over ranks too, and every row then sees the sums.
+    """
 
     needs_target: bool = False
+    """Whether p has to be computed at all."""
+    needs_features: bool = False
+    """Whether it compares predicted features with the target's."""
+    num_draws: int = 0
+    """How many uniform numbers it wants for each row."""
+    num_statistics: int = 0
+    """How many sums over all rows it wants; 0 saves the pass that makes them."""
 
     @abstractmethod
     def __call__(self, rows: Rows) -> Tensor:
-        """One loss per row, `[N]`, fp32, differentiable in `rows.logq_ND`."""
+        """One loss per row, `[N]`, fp32, differentiable in `rows.logq_ND` and `feature_Nd`."""
+
+    def statistics(self, rows: Rows) -> Tensor:
+        """Sums `[num_statistics]` over these rows."""
+        raise NotImplementedError
