@@ -147,7 +147,7 @@ class TVDPlusPlus(RowLoss):
 
 @torch.no_grad()
 def _draw(rows: Rows) -> Tensor:
-    """Columns drawn from q by inverting its cumulative distribution at the row's uniform numbers."""
+    """Columns drawn from q: its cumulative distribution inverted at the uniform numbers."""
     assert rows.uniform_NS is not None
     cumulative_NC = rows.logq_NC.exp().cumsum(-1)
     # Rounding leaves a total near 1: scaled, a number below 1 always finds a column.
