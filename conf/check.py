@@ -30,6 +30,7 @@ RUNTIME_NAMES = frozenset(
         "hidden_size",
         "vocab_size",
         "target_shape",
+        "target_config",
         "target",
         "tokenizer",
         "drafter",

@@ -106,6 +106,11 @@ class Target:
         }
 
     @property
+    def plain_config(self) -> dict[str, Any]:
+        """The language model's config as JSON data, for drafters of the target's architecture."""
+        return json.loads(self.config.to_json_string(use_diff=False))
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the target, tied matrices counted once."""
         return sum(p.numel() for p in self.model.parameters())

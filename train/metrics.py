@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.drafter.base import Depth
+from models.drafter.base import Depth, Drafter, served_depth
 from train.chunked import Lesson, rows_of
 from train.losses import RowLoss, Rows
 from train.teacher import Teacher
@@ -83,6 +83,13 @@ class Tally:
         return numbers
 
 
+def drafted_ranks(tally: Tally, drafter: Drafter) -> list[list[float]]:
+    """a_k(r) of the draft depths a tree may use. A recurrent family is served by its last depth,
+    whose teacher-forced ranks stand for every draft of a chain."""
+    ranks_KR = tally.rank_accuracy()
+    return [ranks_KR[-1]] * UNLIMITED_CHAIN if drafter.max_depth is None else ranks_KR
+
+
 @torch.no_grad()
 def tally_batch(
     *,
@@ -139,8 +146,8 @@ def chain_lengths(
 ) -> Tensor:
     """[positions t, sum over them of sum_k prod_{i<=k} agree].
 
-    Draft k of a chain that starts at t is taught at position u = t+1+k. It comes from depth k, or
-    from the last depth for families that go on with it (a recurrent family has one depth for all).
+    Draft k of a chain that starts at t is taught at position u = t+1+k. It comes from the depth
+    that serves k (models.drafter.base.served_depth).
     Positions t are those whose first draft counts; drafts past the last token to learn count as
     refused, because there is nothing to accept.
     """
@@ -156,7 +163,7 @@ def chain_lengths(
     for k in range(max_depth or UNLIMITED_CHAIN):
         ahead_BT = torch.zeros_like(alive_BT)
         if k < T:
-            ahead_BT[:, : T - k] = grid_KBT[min(k, len(depths) - 1)][:, k:]
+            ahead_BT[:, : T - k] = grid_KBT[served_depth(depths, k)][:, k:]
         alive_BT = alive_BT & ahead_BT
         length += alive_BT.sum()
     return torch.stack([starts_BT.sum().double(), length])

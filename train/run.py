@@ -37,6 +37,7 @@ from models.vocab import choose_vocab, count_tokens
 from train.callbacks import BEST, Checkpoints
 from train.data import TrainData
 from train.losses import RowLoss
+from train.metrics import drafted_ranks
 from train.mix import Mix
 from train.module import DraftModule
 from train.record import facts, point_latest, write_config, write_json
@@ -183,6 +184,7 @@ def make_drafter(node: Any, target: Target) -> Drafter:
         hidden_size=target.hidden_size,
         vocab_size=target.vocab_size,
         target_shape=target.layer_shape,
+        target_config=target.plain_config,
     )
 
 
@@ -267,7 +269,7 @@ def _finish(job: _Job, run_dir: Path) -> dict[str, Any]:
         job.trainer.validate(job.module, datamodule=job.data, verbose=False)
     if keeper is not None and keeper.best_step not in (None, last):
         best = load_drafter(keeper.folder / BEST, job.module.teacher.target)
-        job.module.drafter.load_state_dict(best.state_dict())
+        job.module.drafter.start_from(best)
         keeper.decided = True
         say(f"The drafter of step {keeper.best_step} had the best {keeper.monitor}: it is kept.")
         job.trainer.validate(job.module, datamodule=job.data, verbose=False)
@@ -278,9 +280,10 @@ def _finish(job: _Job, run_dir: Path) -> dict[str, Any]:
         shutil.rmtree(run_dir / "drafter", ignore_errors=True)
         fresh.rename(run_dir / "drafter")
         tally = job.module.tally
+        ranks = drafted_ranks(tally, job.module.drafter)
         write_json(
             run_dir / "rank_accuracy.json",
-            {"accuracy": tally.rank_accuracy(), "positions": int(tally.count_K[0])},
+            {"accuracy": ranks, "positions": int(tally.count_K[0])},
         )
     numbers = job.module.tally.summary(job.module.depth_decay)
     return {"step": keeper.best_step if keeper else last, "val": numbers}

@@ -57,6 +57,16 @@ class Depth:
     feature_BNd: Tensor | None = None
 
 
+def served_depth(depths: Sequence[Depth], k: int) -> int:
+    """Which of a drafter's depths predicts draft k (0-based).
+
+    Depth k, or the last one for families that go on with it. A recurrent family (shift 0) is served
+    by its last depth alone; the ones before it are earlier exits.
+    """
+    last = len(depths) - 1
+    return last if depths[last].shift == 0 else min(k, last)
+
+
 @dataclass(frozen=True)
 class Frontier:
     """The nodes of one depth of a draft tree, about to be extended.
@@ -162,6 +172,11 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
     @abstractmethod
     def num_depths(self) -> int:
         """How many `Depth`s `unroll` yields."""
+
+    @property
+    def state_size(self) -> int:
+        """Width of the states, the target's unless a family is narrower."""
+        return self.hidden_size
 
     @property
     def max_depth(self) -> int | None:

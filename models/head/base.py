@@ -27,3 +27,6 @@ class Head(nn.Module, ABC):
 
     def init_from(self, target: Target, draft_ids_D: Tensor | None) -> None:
         """Start from the target's head (rows `draft_ids_D`, all when None)."""
+
+    def copy_rows(self, rows_Dd: Tensor) -> None:
+        """Start from the rows of any vocabulary matrix, for heads that own one."""

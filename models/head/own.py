@@ -20,9 +20,12 @@ class OwnHead(Head):
     def forward(self, states: Tensor) -> Tensor:
         return self.linear(states)
 
-    @torch.no_grad()
     def init_from(self, target: Target, draft_ids_D: Tensor | None) -> None:
-        rows = target.head_weight_Vd if draft_ids_D is None else target.head_weight_Vd[draft_ids_D]
-        self.linear.weight.copy_(rows)
+        weight = target.head_weight_Vd
+        self.copy_rows(weight if draft_ids_D is None else weight[draft_ids_D])
+
+    @torch.no_grad()
+    def copy_rows(self, rows_Dd: Tensor) -> None:
+        self.linear.weight.copy_(rows_Dd)
         if self.linear.bias is not None:
             self.linear.bias.zero_()

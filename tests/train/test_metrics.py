@@ -51,6 +51,12 @@ def test_chain_of_a_recurrent_drafter() -> None:
     assert chain([[1, 1, 0, 1, 1, 1]], [0], None) == [6.0, 9.0]
 
 
+def test_the_last_exit_of_a_recurrent_drafter_serves_every_draft() -> None:
+    """An earlier exit that is always right (or never) changes nothing."""
+    for early in (1, 0):
+        assert chain([[early] * 6, [1, 1, 0, 1, 1, 1]], [0, 0], None) == [6.0, 9.0]
+
+
 def test_a_copy_of_the_target_is_perfect(target: Target) -> None:
     """States f_{t+s} with the target's own head: agreement 1, overlap 1, loss 0, longest chains."""
     torch.manual_seed(0)
