@@ -9,6 +9,7 @@ Shape legend: B sequences (always 1), T positions, N tree nodes, d hidden size, 
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -102,15 +103,27 @@ class Decoder:
 
     @torch.inference_mode()
     def generate(
-        self, prompt: list[int], *, max_new_tokens: int, stop_at_eos: bool = True
+        self,
+        prompt: list[int],
+        *,
+        max_new_tokens: int,
+        stop_at_eos: bool = True,
+        on_read: Callable[[Features], None] | None = None,
     ) -> Generation:
-        """Continue `prompt` by at most `max_new_tokens` tokens."""
+        """Continue `prompt` by at most `max_new_tokens` tokens.
+
+        `on_read` is given the target's features of all positions that stay, in order: those of the
+        prompt, then each round's root and accepted drafts. The last token of the answer may come
+        without (it was never read) and the last round may go beyond the answer.
+        """
         self._check(prompt, max_new_tokens)
         begin = self._now()
         ends = set(self.target.eos_ids) if stop_at_eos else set()
         cache = GrowingCache()
         prompt_BT = torch.tensor([prompt], device=self.target.device)
         features = self.target.forward(prompt_BT, cache=cache, layers=self._layers)
+        if on_read is not None:
+            on_read(features)
         # Only the last position is projected: the others would cost V logits each, for nothing.
         token = self._chance.draw(self._law(features.final_BTd[0, -1:])(0))
         state = None
@@ -120,7 +133,7 @@ class Decoder:
         tokens, rounds = [token], []
         prefill_s = self._now() - begin
         while tokens[-1] not in ends and len(tokens) < max_new_tokens:
-            state, new, done = self._round(state, tokens[-1], cache, ends)
+            state, new, done = self._round(state, tokens[-1], cache, ends, on_read)
             tokens += new
             rounds.append(done)
         tokens = tokens[:max_new_tokens]
@@ -128,7 +141,12 @@ class Decoder:
         return Generation(tokens, reason, rounds, prefill_s, self._now() - begin)
 
     def _round(
-        self, state: Any, root: int, cache: GrowingCache, ends: set[int]
+        self,
+        state: Any,
+        root: int,
+        cache: GrowingCache,
+        ends: set[int],
+        on_read: Callable[[Features], None] | None,
     ) -> tuple[Any, list[int], Round]:
         """Draft, read, verify, keep. Returns the drafting state, the new tokens and the record."""
         past = cache.get_seq_length()
@@ -154,9 +172,11 @@ class Decoder:
             cache.keep(past, self._tensor([past + node for node in path]))
         verified = self._now()
 
+        # Features of the root and the accepted drafts; the token after each stands one ahead.
+        kept = features[:, path] if len(path) < len(tree) else features
+        if on_read is not None:
+            on_read(kept)
         if self.drafter is not None and end is None:
-            # Features of the root and the accepted drafts; the token after each stands one ahead.
-            kept = features[:, path] if len(path) < len(tree) else features
             kept = kept.to(self.drafter.dtype)
             state = self.drafter.extend(state, kept, self._tensor(new)[None])
         done = Round(
