@@ -28,6 +28,7 @@ class TrainConfig:
     loss: Any = MISSING
     depth_decay: float = 1.0
     teacher: Any = MISSING
+    onpolicy: Any = None
     data: Any = MISSING
     optimizer: Any = MISSING
     scheduler: Any = MISSING
