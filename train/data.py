@@ -13,7 +13,7 @@ d hidden size.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -166,7 +166,8 @@ class TrainData(LightningDataModule):
     """Plans and makes the batches of a run.
 
     `epochs` and `max_steps` bound the plan (whichever comes first). `layers` are the inner layers
-    to read from feature shards; `online` leaves features to the teacher. `num_depths` and
+    to read from feature shards; `online` leaves features to the teacher, `sampled` says of which
+    micro-batches besides (they are on-policy: their answers will be replaced). `num_depths` and
     `reads_history` come from the drafter.
     """
 
@@ -181,6 +182,7 @@ class TrainData(LightningDataModule):
         max_steps: int | None = None,
         accumulate: int = 1,
         online: bool = True,
+        sampled: Callable[[int], bool] | None = None,
         layers: tuple[int, ...] = (),
         num_depths: int = 1,
         reads_history: bool = True,
@@ -198,6 +200,7 @@ class TrainData(LightningDataModule):
         self.seed, self.tokens_per_batch = seed, tokens_per_batch
         self.accumulate, self.rank, self.world = accumulate, rank, world
         self.online, self.layers = online, layers
+        self.sampled = sampled or (lambda _: False)
         self.lead = None if reads_history else 1 + num_depths
         self.windows = [window_of(train[i].learn, self.lead) for i in range(len(train))]
         if not any(w.learned for w in self.windows):
@@ -257,7 +260,9 @@ class TrainData(LightningDataModule):
         step = index // self.accumulate
         group = self.accumulate * self.world
         together = self.plan[step * group : (step + 1) * group]
-        batch = self._collate(self.train_reader, self.windows, self.mine[index].examples)
+        examples = self.mine[index].examples
+        online = self.online or self.sampled(index)
+        batch = self._collate(self.train_reader, self.windows, examples, online)
         last = index + 1 == len(self.mine) or (index + 1) % self.accumulate == 0
         return replace(
             batch,
@@ -269,15 +274,17 @@ class TrainData(LightningDataModule):
 
     def val_batch(self, examples: Sequence[int]) -> Batch:
         """A validation batch; its normaliser is of no use."""
-        return self._collate(self.val_reader, self.val_windows, examples)
+        return self._collate(self.val_reader, self.val_windows, examples, self.online)
 
-    def _collate(self, reader: Reader, windows: list[Window], examples: Sequence[int]) -> Batch:
+    def _collate(
+        self, reader: Reader, windows: list[Window], examples: Sequence[int], online: bool
+    ) -> Batch:
         chosen = [windows[i] for i in examples]
         B, T = len(examples), max(w.stop - w.start for w in chosen)
         tokens_BT = torch.zeros(B, T, dtype=torch.long)
         learn_BT = torch.zeros(B, T, dtype=torch.bool)
         context_BS = start_B = None
-        if self.online:
+        if online:
             context_BS = torch.zeros(B, max(w.stop for w in chosen), dtype=torch.long)
             start_B = torch.tensor([w.start for w in chosen])
         parts: list[tuple[Features, Tensor]] = []

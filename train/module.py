@@ -16,6 +16,7 @@ from train.chunked import Lesson, LossSums, chunked_loss, make_lesson, rows_per_
 from train.data import Batch
 from train.losses import RowLoss
 from train.metrics import Tally, tally_batch
+from train.onpolicy import OnPolicy, check_drafter
 from train.teacher import Teacher
 
 
@@ -38,6 +39,7 @@ class DraftModule(LightningModule):
         depth_decay: float = 1.0,
         chunk_rows: int | None = None,
         seed: int = 0,
+        onpolicy: OnPolicy | None = None,
     ) -> None:
         super().__init__()
         self.drafter = drafter
@@ -48,6 +50,9 @@ class DraftModule(LightningModule):
             drafter.draft_vocab_size or drafter.vocab_size
         )
         self.seed = seed
+        self.onpolicy = onpolicy
+        if onpolicy is not None:
+            check_drafter(drafter)
         self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
         self.tally = Tally.empty(drafter.num_depths, torch.device("cpu"))
         self.validated_step: int | None = None
@@ -97,6 +102,29 @@ class DraftModule(LightningModule):
         # already covers both.
         return sums.total * (self._shares / batch.normalizer)
 
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """On-policy micro-batches become what the drafter writes.
+
+        Here, and not in the step: everything behind this hook meets the batch that is trained on,
+        and autocast in the step would keep weights it has cast without gradients.
+        """
+        if self.onpolicy is None or not self.trainer.training:
+            return batch
+        with self.trainer.precision_plugin.forward_context():
+            return self.onpolicy.batch(
+                batch,
+                data=self.trainer.datamodule,  # type: ignore[attr-defined]
+                drafter=self.drafter,
+                teacher=self.teacher if self.loss.needs_target else None,
+                total=self._sum_over_ranks,
+            )
+
+    def _sum_over_ranks(self, number: int) -> int:
+        if self.trainer.world_size == 1:
+            return number
+        counted = torch.tensor(float(number), dtype=torch.float64, device=self.device)
+        return int(self.trainer.strategy.reduce(counted, reduce_op="sum"))  # type: ignore[arg-type]
+
     @property
     def _shares(self) -> int:
         return self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -128,6 +156,8 @@ class DraftModule(LightningModule):
         for k in range(len(loss_K)):
             numbers[f"train/loss_{k}"] = float(loss_K[k] / batch.normalizer)
             numbers[f"train/accuracy_{k}"] = float(accuracy_K[k])
+        if self.onpolicy is not None:
+            numbers |= self.onpolicy.take_counts()
         step = self.global_step + 1
         self._log(numbers, step=step, log=step % self.trainer.log_every_n_steps == 0)  # type: ignore[attr-defined]
 
@@ -170,6 +200,20 @@ class DraftModule(LightningModule):
         # Validating again (the best drafter, at the end) is not one more point of the curve.
         self._log(numbers, step=self.global_step, log=self.validated_step != self.global_step)
         self.validated_step = self.global_step
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The on-policy state of every rank (each has its own replay ring)."""
+        if self.onpolicy is not None:
+            states: list[Any] = [self.onpolicy.state_dict()] * self.trainer.world_size
+            if self.trainer.world_size > 1:
+                torch.distributed.all_gather_object(states, states[0])
+            checkpoint["onpolicy"] = states
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.onpolicy is not None:
+            self.onpolicy.load_state_dict(checkpoint["onpolicy"][self.trainer.global_rank])
 
     # --- optimisation ----------------------------------------------------------------------------
 

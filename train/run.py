@@ -40,6 +40,7 @@ from train.losses import RowLoss
 from train.metrics import drafted_ranks
 from train.mix import Mix
 from train.module import DraftModule
+from train.onpolicy import OnPolicy, check_family
 from train.record import facts, point_latest, write_config, write_json
 from train.resume import ResumePoint, find_checkpoint, read_config
 from train.teacher import Teacher
@@ -68,6 +69,8 @@ def train(cfg: DictConfig, run_dir: Path) -> Path:
     else:
         point = ResumePoint(None)
     check(cfg, runtime=SUPPLIED)
+    if cfg.onpolicy is not None:
+        check_family(cfg.drafter)
     _quieten()
     dataset: Dataset = build(cfg.dataset)
     mix: Mix | None = build(cfg.mix)
@@ -89,6 +92,8 @@ def train(cfg: DictConfig, run_dir: Path) -> Path:
     # Of this process: a resumed run says how long its last part took.
     results: dict[str, Any] = {"train_seconds": time.perf_counter() - begin}
     results |= _finish(job, run_dir)
+    if job.module.onpolicy is not None:
+        results["onpolicy"] = vars(job.module.onpolicy.totals)
     if cfg.final_decode is not None and job.trainer.is_global_zero:
         results |= _decode(cfg, run_dir, target, folder)
     if job.trainer.is_global_zero:
@@ -132,6 +137,7 @@ def _assemble(
     drafter.to(target.device)
     teacher: Teacher = build(cfg.teacher, target=target)
     teacher.choose_source(train, drafter.feature_layers)
+    onpolicy: OnPolicy | None = build(cfg.onpolicy, target=target, seed=cfg.seed)
     data: TrainData = build(
         cfg.data,
         train=train,
@@ -141,6 +147,7 @@ def _assemble(
         max_steps=cfg.trainer.get("max_steps"),
         accumulate=cfg.trainer.get("accumulate", 1),
         online=teacher.online,
+        sampled=None if onpolicy is None else onpolicy.chosen,
         layers=drafter.feature_layers,
         num_depths=drafter.num_depths,
         reads_history=drafter.reads_history,
@@ -152,6 +159,7 @@ def _assemble(
         loss=loss,
         depth_decay=cfg.depth_decay,
         seed=cfg.seed,
+        onpolicy=onpolicy,
         make_optimizer=lambda groups: build(cfg.optimizer, params=groups),
         make_scheduler=lambda optimizer: build(
             cfg.scheduler, optimizer=optimizer, total_steps=data.total_steps
@@ -335,5 +343,6 @@ def _quieten() -> None:
         r"Checkpoint directory .* exists and is not empty",
         r"Trying to infer the `batch_size`",
         r"GPU available but not used",
+        r"You have overridden `on_after_batch_transfer` in `LightningModule`",
     ):
         warnings.filterwarnings("ignore", message=pattern)
