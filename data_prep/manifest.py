@@ -69,7 +69,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def dataset_hash(manifest: dict[str, Any]) -> str:
-    """sha256 over the hashes of all shards, token and feature shards, in their order."""
+    """sha256 over the hashes of all shards: tokens, features, then signals by name, in order."""
     hashes = [s["sha256"] for split in SPLITS for s in _shards(manifest, split)]
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
@@ -151,4 +151,5 @@ def sha256_of(path: Path) -> str:
 
 def _shards(manifest: dict[str, Any], split: Split) -> list[dict[str, Any]]:
     part = manifest["splits"][split]
-    return [*part["tokens"], *part["features"]]
+    signals = [entry for _, entries in sorted(part.get("signals", {}).items()) for entry in entries]
+    return [*part["tokens"], *part["features"], *signals]

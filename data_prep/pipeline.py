@@ -5,7 +5,7 @@ What lies in a dataset's folder, in the order in which it appears:
     recipe.json             the settings and the target: other ones are refused
     prompts.jsonl           conversations, read, without duplicates and without those too long
     respond.jsonl.partial   answers as they come; respond.jsonl when all are there
-    train/, val/            token shards, then feature shards
+    train/, val/            token shards, then shards of features and signals
     manifest.json           written last: a folder with one is finished
 
 This file only puts the stages in order; each stage is a file of its own. It is longer than most
@@ -43,7 +43,7 @@ from data_prep.recipe import require_same_recipe
 from data_prep.shards import Example, ShardReader, write_tokens
 from data_prep.source import Source
 from data_prep.source.self_written import SelfWritten
-from data_prep.stage.capture import Capture
+from data_prep.stage.capture import FEATURES, Capture
 from data_prep.stage.collect import PROMPTS, REPORT, Collected, collect, load
 from data_prep.stage.estimate import Estimate, estimate
 from data_prep.stage.respond import JOURNAL, Respond
@@ -127,14 +127,13 @@ class Dataset:
                 folder.check(target)
                 require_same_recipe(self.folder, self._recipe(target))
                 verify(self.folder, folder.manifest, hashes=False)
-                if self.capture and not folder.manifest["features"]:
-                    return self._add_features(target, folder)
                 folder.check(target, layers=self._layers)
-                return folder
+                missing = self.capture.missing(folder.manifest) if self.capture else None
+                return self._add(target, folder, missing) if missing else folder
             say(f"Dataset '{self.name}' is prepared in {self.folder}:")
             require_same_recipe(self.folder, self._recipe(target))
             conversations = self._conversations(target)
-            self._announce(target, conversations)
+            self._announce(target, conversations, self.capture)
             examples = self._examples(target, conversations)
             Doctor(target).examine(examples, f"dataset '{self.name}'")
             return self._write(target, conversations, examples)
@@ -147,7 +146,7 @@ class Dataset:
             waiting = [s for s in self.sources if isinstance(s, SelfWritten)]
             ready = [s for s in self.sources if not isinstance(s, SelfWritten)]
             conversations = self._collect(target, ready).conversations
-        return self._estimate(target, conversations, waiting)
+        return self._estimate(target, conversations, waiting, self.capture, compare=True)
 
     # --- stages ----------------------------------------------------------------------------------
 
@@ -187,9 +186,11 @@ class Dataset:
             for c in conversations
         ]
 
-    def _announce(self, target: Target, conversations: list[Conversation]) -> None:
+    def _announce(
+        self, target: Target, conversations: list[Conversation], capture: Capture | None
+    ) -> None:
         """Say what comes and how long it takes; refuse when the disk cannot hold it."""
-        expected = self._estimate(target, conversations, [])
+        expected = self._estimate(target, conversations, [], capture)
         if self._answered:
             say("2. respond: all answers are there already.")
         elif self.respond:
@@ -199,25 +200,31 @@ class Dataset:
             )
         else:
             say(f"2. tokenize: {expected.prompt_tokens:,} tokens of the data's own answers.")
-        if self.capture:
+        if capture:
             say(
-                f"3. capture: features of at most {expected.feature_bytes / 1e9:.3g} GB, "
-                f"{clock(expected.capture_seconds)}."
+                f"3. capture: {' and '.join(capture.parts)} of at most "
+                f"{expected.capture_bytes / 1e9:.3g} GB, {clock(expected.capture_seconds)}."
             )
         expected.refuse_without_room(self.folder)
 
     def _estimate(
-        self, target: Target, conversations: list[Conversation], waiting: list[SelfWritten]
+        self,
+        target: Target,
+        conversations: list[Conversation],
+        waiting: list[SelfWritten],
+        capture: Capture | None,
+        *,
+        compare: bool = False,
     ) -> Estimate:
-        if self.tokenize:
-            examples = self.tokenize.run(target, conversations)
+        if self.tokenize or self._answered:
             return estimate(
                 target=target,
                 folder=self.folder,
                 answer=None,
-                own_tokens=sum(len(e.tokens) for e in examples),
+                examples=self._examples(target, conversations),
                 conversations=len(conversations),
-                capture=self.capture,
+                capture=capture,
+                compare=compare,
             )
         assert self.respond is not None
         prompts = self._prompts(target, conversations)
@@ -226,16 +233,14 @@ class Dataset:
             asked = source.requests(target, 0, source.count)
             write += asked
             prompts += [Prompt(r.id, r.tokens + [0] * GUESSED_PROMPT, "") for r in asked]
-        requests = self.respond.requests(prompts)
-        tokens = sum(len(r.tokens) + r.max_new_tokens for r in requests)
         return estimate(
             target=target,
             folder=self.folder,
-            answer=None if self._answered else (self.respond.generator(target), requests),
+            answer=(self.respond.generator(target), self.respond.requests(prompts)),
             write=write,
-            own_tokens=tokens if self._answered else 0,
             conversations=len(conversations),
-            capture=self.capture,
+            capture=capture,
+            compare=compare,
         )
 
     def _examples(self, target: Target, conversations: list[Conversation]) -> list[Example]:
@@ -247,7 +252,7 @@ class Dataset:
     def _write(
         self, target: Target, conversations: list[Conversation], examples: list[Example]
     ) -> DatasetFolder:
-        """Token shards, feature shards, manifest."""
+        """Token shards, what the target computed, manifest."""
         held = {c.id for c in spread(conversations, self.holdout)}
         splits: dict[str, dict[str, Any]] = {}
         for split in SPLITS:
@@ -260,6 +265,7 @@ class Dataset:
                 "finished": sum(e.finish_reason == "eos" for e in part),
                 "tokens": write_tokens(self.folder / split, part, EXAMPLES_PER_SHARD),
                 "features": [],
+                "signals": {},
             }
         report = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
         manifest = {
@@ -269,24 +275,33 @@ class Dataset:
             "recipe": self._recipe(target),
             "sources": report,
             "features": None,
+            "signals": {},
             "splits": splits,
         }
-        return self._finish(target, manifest)
+        return self._finish(target, manifest, self.capture)
 
-    def _add_features(self, target: Target, folder: DatasetFolder) -> DatasetFolder:
-        """Features for token shards that are there already."""
-        say(f"Dataset '{self.name}' gets feature shards.")
-        self._announce(target, load(self.folder))
-        return self._finish(target, folder.manifest)
+    def _add(self, target: Target, folder: DatasetFolder, missing: Capture) -> DatasetFolder:
+        """Features or a signal for token shards that are there already."""
+        say(f"Dataset '{self.name}' gets {' and '.join(missing.parts)}.")
+        self._announce(target, load(self.folder), missing)
+        return self._finish(target, folder.manifest, missing)
 
-    def _finish(self, target: Target, manifest: dict[str, Any]) -> DatasetFolder:
-        if self.capture:
+    def _finish(
+        self, target: Target, manifest: dict[str, Any], capture: Capture | None
+    ) -> DatasetFolder:
+        if capture:
             readers: dict[Split, ShardReader] = {
                 split: ShardReader(self.folder, split, manifest) for split in SPLITS
             }
-            for split, entries in self.capture.run(target, self.folder, readers).items():
-                manifest["splits"][split]["features"] = entries
-            manifest["features"] = self.capture.about()
+            for split, parts in capture.run(target, self.folder, readers).items():
+                part = manifest["splits"][split]
+                part["features"] = parts.pop(FEATURES, part["features"])
+                part["signals"] = part.get("signals", {}) | parts
+            if capture.features:
+                manifest["features"] = capture.about()
+            if capture.signal:
+                signals = manifest.get("signals", {})
+                manifest["signals"] = signals | {capture.signal.name: capture.signal.about()}
         write_json(self.folder / MANIFEST, manifest)
         folder = DatasetFolder(self.folder)
         counts = ", ".join(
@@ -304,7 +319,7 @@ class Dataset:
 
     @property
     def _layers(self) -> tuple[int, ...] | None:
-        return tuple(self.capture.layers) if self.capture else None
+        return tuple(self.capture.layers) if self.capture and self.capture.features else None
 
     def _recipe(self, target: Target) -> dict[str, Any]:
         """Everything that decides the examples (features may be added later)."""

@@ -1,9 +1,10 @@
-"""A dataset on disk: token shards, optional feature shards, and the manifest that vouches for them.
+"""A dataset on disk: token shards, what the target computed, and the manifest that vouches for it.
 
     <root>/<name>/
         manifest.json                  target, settings, counts, size and sha256 of every shard
         train/tokens-00000.parquet     one row an example
         train/features-00000.safetensors   optional: what the target computed, all positions
+        train/topk16-00000.safetensors     optional: a signal (data_prep/signal.py), by its name
         val/...
 
 Features are stored for consecutive rows, their positions one behind the other, so that an example
@@ -14,6 +15,7 @@ Shape legend: B sequences (always 1 here), T positions of an example, N position
 d hidden size, V vocabulary.
 """
 
+import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,8 +32,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.manifest import Split, check_shard, describe, read_manifest
+from data_prep.signal import SignalRows, unpack
 from models.target import Features
 
+ABOUT = "about"
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -90,19 +94,15 @@ def write_tokens(folder: Path, examples: Sequence[Example], per_shard: int) -> l
     return entries
 
 
-def write_features(
-    path: Path,
-    *,
-    final_Nd: Tensor,
-    layers: dict[int, Tensor],
-    logz_N: Tensor,
-    about: dict[str, str],
-) -> None:
-    """One feature shard, atomically. `about` is stored in its header and tells shards apart."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """One shard, atomically. `about` is stored in its header and tells shards apart.
+
+    Under one key, because safetensors writes several in any order: the same content is then always
+    the same file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"final": final_Nd, "logz": logz_N} | {f"layer.{k}": v for k, v in layers.items()}
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata=about)
+    save_file(tensors, temporary, metadata={ABOUT: json.dumps(about, sort_keys=True)})
     temporary.chmod(0o644)  # safetensors leaves it readable for its owner only
     temporary.rename(path)
 
@@ -132,9 +132,9 @@ class ShardReader:
             for length in np.diff(chunk.offsets.to_numpy()).tolist()
         ]
         self._feature_entries: list[dict[str, Any]] = part["features"]
-        self._feature_starts = [entry["rows"][0] for entry in self._feature_entries]
+        self._signal_entries: dict[str, list[dict[str, Any]]] = part.get("signals", {})
         self._positions = [0, *accumulate(self.lengths)]  # of each row, in the whole split
-        self._open: dict[int, Any] = {}
+        self._open: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -174,27 +174,39 @@ class ShardReader:
                 f"layers {missing} are asked for; capture them (dataset.capture.layers) under "
                 "another dataset name, or let the teacher run online."
             )
-        shard = bisect_right(self._feature_starts, index) - 1
-        first = self._positions[self._feature_entries[shard]["rows"][0]]
-        rows = slice(self._positions[index] - first, self._positions[index + 1] - first)
-        file = self._file(shard)
+        file, first = self._find(self._feature_entries, index)
+        begin = self._positions[first]
+        rows = slice(self._positions[index] - begin, self._positions[index + 1] - begin)
         final_1Td = file.get_slice("final")[rows][None]
         inner = {k: file.get_slice(f"layer.{k}")[rows][None] for k in layers}
         return Features(final_1Td, inner), file.get_slice("logz")[rows]
 
-    def _file(self, shard: int) -> Any:
-        if shard not in self._open:
-            path = check_shard(self.folder, self._feature_entries[shard], hashes=True)
-            self._open[shard] = safe_open(path, framework="pt", device="cpu")
-        return self._open[shard]
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Names of the signals that are there."""
+        return tuple(self.manifest.get("signals") or {})
+
+    def signal(self, index: int, name: str) -> SignalRows:
+        """What the signal `name` kept of the positions of one example that teach, in order."""
+        assert name in self.signals, f"{self.folder} has no signal {name}"
+        file, first = self._find(self._signal_entries[name], index)
+        return unpack(file, index - first)
+
+    def _find(self, entries: list[dict[str, Any]], index: int) -> tuple[Any, int]:
+        """The open shard that holds the row `index`, and the first row in it."""
+        entry = entries[bisect_right([e["rows"][0] for e in entries], index) - 1]
+        if entry["file"] not in self._open:
+            path = check_shard(self.folder, entry, hashes=True)
+            self._open[entry["file"]] = safe_open(path, framework="pt", device="cpu")
+        return self._open[entry["file"]], entry["rows"][0]
 
 
-def feature_shard_about(path: Path) -> dict[str, str] | None:
-    """The header of a finished feature shard; None when there is no whole one."""
+def shard_about(path: Path) -> dict[str, Any] | None:
+    """The header of a finished safetensors shard; None when there is no whole one."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+            return json.loads((file.metadata() or {}).get(ABOUT, "null"))
     except SafetensorError:
         return None

@@ -43,7 +43,11 @@ def draw(p_NV: Tensor, uniform_N: Tensor) -> Tensor:
 
     The noise is the caller's, so that a draw need not depend on what else is in the batch.
     """
+    return draw_many(p_NV, uniform_N[:, None])[:, 0]
+
+
+def draw_many(p_NV: Tensor, uniform_NS: Tensor) -> Tensor:
+    """S ids per row with replacement, `[N, S]`, in the same way."""
     cdf_NV = p_NV.double().cumsum(-1)
-    point_N1 = (uniform_N.to(cdf_NV.device, torch.double) * cdf_NV[:, -1])[:, None]
-    drawn_N = torch.searchsorted(cdf_NV, point_N1, right=True).squeeze(-1)
-    return drawn_N.clamp(max=p_NV.shape[-1] - 1)
+    points_NS = uniform_NS.to(cdf_NV.device, torch.double) * cdf_NV[:, -1:]
+    return torch.searchsorted(cdf_NV, points_NS, right=True).clamp(max=p_NV.shape[-1] - 1)

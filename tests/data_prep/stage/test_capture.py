@@ -1,11 +1,16 @@
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_prep.generate import Generator
 from data_prep.manifest import read_manifest
+from data_prep.signal import Sampled, TopK
 from data_prep.stage import capture as module
 from data_prep.stage.capture import Capture, batches_by_length
 from tests.data_prep.common import dataset
+from tests.tiny import tiny_target
 
 SMALL = {"layers": [0, 2], "dtype": "float32", "batch_tokens": 128, "shard_bytes": 2**14}
 
@@ -110,3 +115,153 @@ def test_unknown_layers_are_refused(target, tmp_path):
 def test_batches_hold_similar_lengths_within_the_budget():
     assert batches_by_length([5, 1, 9, 5, 2], 10) == [[2], [0, 3], [4, 1]]
     assert batches_by_length([50], 10) == [[0]]
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+
+def signal_files(folder, name):
+    return {p: p.stat().st_mtime_ns for p in sorted(folder.glob(f"*/{name}-*.safetensors"))}
+
+
+def same_rows(one, two):
+    assert torch.equal(one.ids_NK, two.ids_NK)
+    assert torch.equal(one.counts_NK, two.counts_NK)
+
+
+def test_a_signal_is_the_targets_own_p_where_it_teaches(target, tmp_path):
+    """Rows in order of the positions u with learn[u+1], without any feature shard."""
+    job = dataset(tmp_path, capture=Capture(features=False, signal=TopK(k=7)))
+    folder = job.prepare(target)
+    assert folder.manifest["features"] is None
+    assert not list(folder.path.glob("*/features-*"))
+    reader = folder.reader("train")
+    assert (reader.layers, reader.signals) == (None, ("topk7",))
+    for i in range(len(reader)):
+        example = reader[i]
+        rows = reader.signal(i, "topk7")
+        logp = target.model(input_ids=example.tokens[None]).logits[0].log_softmax(-1)
+        logp = logp[:-1][example.learn[1:]]
+        assert rows.ids_NK.tolist() == logp.topk(7).indices.tolist()
+        torch.testing.assert_close(rows.logp_NK, logp.topk(7).values, rtol=2**-10, atol=1e-5)
+        tail = 1 - logp.topk(7).values.exp().sum(-1)
+        assert rows.tail_N is not None
+        torch.testing.assert_close(rows.tail_N.exp(), tail, rtol=2e-2, atol=1e-5)
+
+
+def test_signals_lie_side_by_side_and_nothing_is_answered_twice(target, tmp_path, monkeypatch):
+    """Features first, then one signal and another: each adds its shards and leaves the others."""
+    first = dataset(tmp_path, capture=Capture(dtype="float32")).prepare(target)
+    monkeypatch.setattr(Generator, "answer_batch", None)
+    hashes = [first.hash]
+    before = signal_files(first.path, "features")
+    for signal in (TopK(k=4), Sampled(draws=9)):
+        for features in (True, False):  # features are there already
+            job = dataset(tmp_path, capture=Capture(features=features, signal=signal))
+            hashes.append(job.prepare(target).hash)
+        before |= signal_files(first.path, signal.name)
+    assert len(set(hashes)) == 3
+    last = dataset(tmp_path).prepare(target)
+    last.verify()
+    assert last.hash == hashes[-1]
+    assert last.reader("val").signals == ("topk4", "sampled9")
+    assert last.reader("val").features(0) is not None
+    for name in ("features", "topk4", "sampled9"):
+        assert {p: t for p, t in before.items() if p.name.startswith(name)} == signal_files(
+            last.path, name
+        )
+    damaged = next(last.path.glob("val/topk4-*"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="the manifest says"):
+        last.reader("val").signal(0, "topk4")
+
+
+def test_features_and_a_signal_in_one_pass_of_the_target(target, tmp_path, monkeypatch):
+    """The same shards as one after the other, for half the forwards."""
+    passes = []
+    forward = type(target).forward
+
+    def counted(self, *args, **settings):
+        passes.append(1)
+        return forward(self, *args, **settings)
+
+    monkeypatch.setattr(type(target), "forward", counted)
+    apart = dataset(tmp_path, name="apart").prepare(target)
+    passes.clear()
+    settings: dict[str, Any] = {"dtype": "float32", "batch_tokens": 128}
+    dataset(tmp_path, name="apart", capture=Capture(**settings)).prepare(target)
+    alone = len(passes)
+    signal = Sampled(draws=9)
+    dataset(
+        tmp_path, name="apart", capture=Capture(features=False, signal=signal, **settings)
+    ).prepare(target)
+    dataset(tmp_path, name="one").prepare(target)
+    passes.clear()
+    one = dataset(tmp_path, name="one", capture=Capture(signal=signal, **settings)).prepare(target)
+    # The estimate before looks at a few examples by themselves.
+    assert len(passes) <= alone + 14
+    for split in ("train", "val"):
+        readers = [apart.reader(split), one.reader(split)]
+        readers[0] = dataset(tmp_path, name="apart").prepare(target).reader(split)
+        for i in range(len(readers[0])):
+            one_of, other = (r.features(i) for r in readers)
+            assert one_of is not None
+            assert other is not None
+            assert torch.equal(one_of[0].final_BTd, other[0].final_BTd)
+            same_rows(*(r.signal(i, "sampled9") for r in readers))
+
+
+def test_an_interrupted_signal_goes_on_with_the_same_draws(target, tmp_path, monkeypatch):
+    """Killed in the middle: finished shards stay, and the whole is that of a run in one piece."""
+    settings: dict[str, Any] = {"features": False, "signal": Sampled(draws=11)}
+    settings["batch_tokens"] = 128
+    settings["shard_bytes"] = 2**14
+    whole = dataset(tmp_path, name="whole", capture=Capture(**settings)).prepare(target)
+    compute, calls = module.compute, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return compute(*args)
+
+    monkeypatch.setattr(module, "compute", dies)
+    broken = dataset(tmp_path, name="broken", capture=Capture(**settings))
+    with pytest.raises(KeyboardInterrupt):
+        broken.prepare(target)
+    done = signal_files(tmp_path / "out/broken", "sampled11")
+    assert done
+    monkeypatch.setattr(module, "compute", compute)
+    continued = dataset(tmp_path, name="broken", capture=Capture(**settings)).prepare(target)
+    after = signal_files(continued.path, "sampled11")
+    assert {p: after[p] for p in done} == done
+    assert len(after) > len(done)
+    assert [e["sha256"] for e in whole.manifest["splits"]["train"]["signals"]["sampled11"]] == [
+        e["sha256"] for e in continued.manifest["splits"]["train"]["signals"]["sampled11"]
+    ]
+
+
+def test_draws_do_not_depend_on_the_batch(target, tmp_path):
+    jobs = [
+        dataset(
+            tmp_path,
+            name=str(size),
+            capture=Capture(features=False, signal=Sampled(draws=5), batch_tokens=size),
+        ).prepare(target)
+        for size in (64, 4096)
+    ]
+    readers = [job.reader("train") for job in jobs]
+    for i in range(len(readers[0])):
+        same_rows(*(r.signal(i, "sampled5") for r in readers))
+    first, second = (readers[0].signal(i, "sampled5") for i in (0, 1))
+    assert first.ids_NK.tolist() != second.ids_NK.tolist()
+
+
+def test_nothing_to_capture_is_refused():
+    with pytest.raises(ValueError, match="nothing to capture"):
+        Capture(features=False)
+    with pytest.raises(ValueError, match="inner layers are features"):
+        Capture(features=False, layers=[1], signal=TopK(k=2))
+    wide = Capture(signal=TopK(k=255))
+    with pytest.raises(ValueError, match=r"TopK\(k=255\) should be less than .* of 255"):
+        wide.check(tiny_target(vocab_size=255))
