@@ -59,6 +59,7 @@ class DecodeConfig:
     bench: Any = MISSING
     tree: Any = MISSING
     verifier: Any = MISSING
+    replay: Any = None
     temperature: float = 0.0
     top_p: float = 1.0
     max_new_tokens: int = 128
@@ -81,6 +82,9 @@ class ExportConfig:
     out: str | None = None
     check: str | None = None
     prove: int = 8
+    measure: int = 0
+    bench: Any = MISSING
+    max_new_tokens: int = 64
 
 
 def register() -> None:

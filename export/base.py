@@ -1,16 +1,21 @@
 """What every exporter does: write, read back by another way, say how to serve."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from data_prep.prompts import Prompt
+from export.served import Served
 from models.drafter.base import Drafter
 from models.target import Features, Target
 
 Precision = Literal["float32", "bfloat16", "float16"]
+UNLIMITED = 8
+"""Drafts a chain is compared over, for a family that sets no limit."""
 
 
 class Reader(Protocol):
@@ -29,6 +34,8 @@ class Exporter(ABC):
 
     name: ClassVar[str]
     engine: ClassVar[str]
+    library: ClassVar[str] = "draftsmith"
+    """What the Hub says the folder is loaded with."""
 
     def __init__(self, *, dtype: Precision | None = None) -> None:
         self.dtype = dtype
@@ -42,12 +49,42 @@ class Exporter(ABC):
         """Raise ValueError when this engine cannot run the drafter, saying what can."""
 
     @abstractmethod
-    def write(self, drafter: Drafter, folder: Path) -> None:
-        """Write configuration and weights into an existing empty folder."""
+    def write(self, drafter: Drafter, folder: Path, *, texts: Sequence[Tensor] = ()) -> None:
+        """Write configuration and weights into an existing empty folder.
+
+        `texts` (token ids, `[T]`) are there for formats that must first see the drafter's states.
+        """
 
     @abstractmethod
     def read(self, folder: Path, target: Target) -> Reader:
         """Open what `write` wrote, sharing no code with it."""
+
+    def compare(
+        self, folder: Path, *, drafter: Drafter, target: Target, texts: Sequence[Tensor]
+    ) -> dict[str, float]:
+        """What is proven beside equal drafts, as named figures; ValueError when it fails."""
+        return {}
+
+    def refuse_to_measure(self) -> None:
+        """Raise ValueError when the engine cannot run here."""
+        raise ValueError(
+            f"measure= decodes prompts with the engine itself, and exporter={self.name} has none "
+            "that runs inside this command, only exporter=assistant has (transformers); leave "
+            "measure=0, or see docs/engines.md for engines that are installed apart."
+        )
+
+    def measure(
+        self,
+        folder: Path,
+        *,
+        drafter: Drafter,
+        target: Target,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+    ) -> Served:
+        """Decode prompts with the engine and the export; ValueError when it gives other text or
+        other tokens per step than the reference decoder."""
+        raise NotImplementedError
 
     @abstractmethod
     def usage(self, *, target: str, depths: int) -> str:

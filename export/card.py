@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from export.base import Exporter
 from export.parity import Proof
+from export.served import Served
 from models.drafter.base import Drafter
 from models.run import Run
 
@@ -20,8 +21,19 @@ accepted of those reached. Speed-up: wall clock of the same decoder with and wit
 the same prompts in one run; it holds for that machine only."""
 
 
-def model_card(*, run: Run, drafter: Drafter, exporter: Exporter, proof: Proof) -> str:
-    """The text of README.md, from the run's own records."""
+def model_card(
+    *,
+    run: Run,
+    drafter: Drafter,
+    exporter: Exporter,
+    proof: Proof,
+    figures: dict[str, float] | None = None,
+    served: Served | None = None,
+) -> str:
+    """The text of README.md, from the run's own records.
+
+    `figures` is what the exporter proved beside equal drafts, `served` what the engine gave.
+    """
     facts, config = run.facts, run.config
     target = str(config.target.name)
     family = type(drafter).__name__
@@ -34,7 +46,7 @@ def model_card(*, run: Run, drafter: Drafter, exporter: Exporter, proof: Proof) 
         sort_keys=False,
     )
     sections = [
-        _front_matter(target),
+        _front_matter(target, exporter.library),
         f"# {family} drafter for {target}",
         f"A draft model for speculative decoding of `{target}`, trained with Draftsmith. It "
         "proposes tokens that the target then checks in one forward; it only works with that "
@@ -54,9 +66,10 @@ def model_card(*, run: Run, drafter: Drafter, exporter: Exporter, proof: Proof) 
                 ("revision", f"`{facts['revision'] or 'not recorded'}`"),
             ]
         ),
-        f"Export proven: {proof}.",
+        f"Export proven: {proof}{_figures(figures or {})}.",
         "## Numbers",
         _numbers(run.path),
+        *([] if served is None else [f"Measured in the engine itself. {served.sentence()}."]),
         "## How to use it",
         exporter.usage(target=target, depths=drafter.num_depths),
         "## Licence",
@@ -68,16 +81,20 @@ def model_card(*, run: Run, drafter: Drafter, exporter: Exporter, proof: Proof) 
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(target: str) -> str:
+def _front_matter(target: str, library: str) -> str:
     """What the Hub reads. base_model only where the target is a Hub id."""
     fields: dict[str, Any] = {
-        "library_name": "draftsmith",
+        "library_name": library,
         "tags": ["speculative-decoding", "draft-model"],
     }
     is_hub_id = target.count("/") == 1 and not target.startswith((".", "/", "~", "package:"))
     if is_hub_id and not Path(target).exists():
         fields["base_model"] = target
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+
+
+def _figures(figures: dict[str, float]) -> str:
+    return "".join(f"; {name.replace('_', ' ')} {x:.3g}" for name, x in figures.items())
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from export import hf, vllm
+from export import assistant, hf, vllm
 
-FORMATS = (hf, vllm)
+FORMATS = (hf, vllm, assistant)
 
 
 def check_export(folder: Path) -> str:
@@ -31,6 +31,7 @@ def check_export(folder: Path) -> str:
                 raise ValueError(f"The export in '{folder}' would not serve:\n{lines}")
             return form.__name__.rpartition(".")[2]
     raise ValueError(
-        f"'{config}' is in no format we write: expected '_target_' (ours) or 'model_type': "
-        "'medusa' (vLLM); give a folder written by `python -m export run=<run>`."
+        f"'{config}' is in no format we write: expected '_target_' (ours), 'model_type': "
+        "'medusa' (vLLM) or a language model whose generation_config.json has "
+        "num_assistant_tokens (assistant); give a folder written by `python -m export run=<run>`."
     )

@@ -5,6 +5,7 @@ drafter is bound to it when loaded.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from decode.tree.chain import Chain
-from export.base import Exporter, Reader
+from export.base import UNLIMITED, Exporter, Reader
 from export.tensors import tensor_problems, vocabulary_problems
 from models.drafter.base import Drafter
 from models.drafter.load import drafter_class, load_drafter
@@ -28,7 +29,7 @@ class HfExporter(Exporter):
     def refuse(self, drafter: Drafter) -> None:
         """Every family can be written."""
 
-    def write(self, drafter: Drafter, folder: Path) -> None:
+    def write(self, drafter: Drafter, folder: Path, *, texts: Sequence[Tensor] = ()) -> None:
         drafter.save_pretrained(folder)
 
     def read(self, folder: Path, target: Target) -> Reader:
@@ -55,7 +56,7 @@ class DrafterReader:
     @torch.inference_mode()
     def draft(self, features: Features, tokens_1T: Tensor) -> list[int]:
         state = self.drafter.start(features, tokens_1T)
-        gamma = self.drafter.max_depth or 8
+        gamma = self.drafter.max_depth or UNLIMITED
         tree = self.drafter.propose(state, tokens_1T[0, -1], Chain(gamma=gamma))
         return tree.tokens_N[1:].tolist()
 

@@ -18,6 +18,7 @@ Shape legend: d hidden size, V target vocabulary, D draft vocabulary, T position
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ class VllmExporter(Exporter):
                 "exporter=hf."
             )
 
-    def write(self, drafter: Drafter, folder: Path) -> None:
+    def write(self, drafter: Drafter, folder: Path, *, texts: Sequence[Tensor] = ()) -> None:
         self.refuse(drafter)
         assert isinstance(drafter, Medusa)
         dtype = drafter.dtype

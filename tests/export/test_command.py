@@ -95,7 +95,17 @@ def test_export_writes_validates_proves_and_describes(run: Path, exporter: str) 
     done = command(f"run={run}", f"exporter={exporter}", "prove=2")
     assert done.returncode == 0, done.stderr
     folder = run / "export" / exporter
-    assert {f.name for f in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert {f.name for f in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        "parity.json",
+    }
+    assert json.loads((folder / "parity.json").read_text()) == {
+        "proof": {"texts": 2, "chains": 32, "tokens": 64},
+        "figures": {},
+        "served": None,
+    }
     assert not list(run.glob("export/.exporting-*"))
     # Two texts, 16 cuts each, two heads.
     assert "64 drafted tokens in 32 greedy chains over 2 texts" in " ".join(done.stderr.split())
