@@ -87,6 +87,35 @@ class ExportConfig:
     max_new_tokens: int = 64
 
 
+@dataclass
+class OnlineConfig:
+    """`python -m scripts.online`"""
+
+    name: str = "online"
+    run: str | None = None
+    bench: Any = MISSING
+    streams: Any = None
+    tree: Any = MISSING
+    verifier: Any = MISSING
+    loss: Any = MISSING
+    optimizer: Any = MISSING
+    out: str | None = None
+    resume: str | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 64
+    limit: int | None = None
+    max_prompt_tokens: int | None = None
+    seed: int = 0
+    dtype: str | None = None
+    interval: int = 8
+    window: int = 8
+    z: float = 1.64
+    background: bool = True
+    frozen: bool = True
+    update: Any = MISSING
+
+
 def register() -> None:
     """Make the schemas known to Hydra as `train_schema`, `data_prep_schema`, ..."""
     store = ConfigStore.instance()
@@ -94,6 +123,7 @@ def register() -> None:
     store.store(name="data_prep_schema", node=DataPrepConfig)
     store.store(name="decode_schema", node=DecodeConfig)
     store.store(name="export_schema", node=ExportConfig)
+    store.store(name="online_schema", node=OnlineConfig)
 
 
 register()

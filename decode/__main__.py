@@ -10,9 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from conf.check import RUNTIME_NAMES, build, check, friendly_errors
 from conf.console import console, say
+from decode.answers import record
 from decode.measure import Measurement, measure
 from decode.prompts import Bench, Prompt
-from decode.report import caption, table, write
+from decode.replay import ReplayPlan, check_gammas, replay, time_chains
+from decode.replay_report import best_sentence, replay_caption, replay_plot, replay_table
+from decode.report import caption, table, write, write_folder
+from decode.tree.chain import Chain
 from decode.verifier.base import Verifier
 from models.drafter.base import Drafter, Policy
 from models.run import Run, open_run
@@ -31,14 +35,20 @@ def decode(cfg: DictConfig) -> int:
     drafter = run.load_drafter(target)
     policy: Any = build(cfg.tree, accuracy_KR=_rank_accuracy(run), **_sampling(cfg))
     verifier: Verifier = build(cfg.verifier)
+    plan: ReplayPlan | None = build(cfg.replay)
+    if plan is not None:
+        _check_replay(cfg, plan, policy, verifier, drafter)
     bench: Bench = build(cfg.bench, tokenizer=target.tokenizer, dataset_folder=_dataset_folder(run))
     prompts = bench.prompts(limit=cfg.limit, max_prompt_tokens=cfg.max_prompt_tokens)
-    measured = _measure(cfg, target, drafter, policy, verifier, prompts)
     facts: dict[str, Any] = {
         "command": sys.argv,
         "run": str(run.path),
         "config": OmegaConf.to_container(cfg, resolve=True),
     }
+    if plan is not None:
+        _replay(cfg, plan, policy, target, drafter, bench.name, prompts, run.path, facts)
+        return 0
+    measured = _measure(cfg, target, drafter, policy, verifier, prompts)
     console.print(table(measured, title=caption(measured, bench.name)))
     name = f"{bench.name}-{policy.name}-T{cfg.temperature:g}"
     folder = write(run.path / "decode" / name, measured, bench=bench.name, facts=facts)
@@ -64,6 +74,73 @@ def _check_lossless(cfg: DictConfig) -> None:
             f"temperature={cfg.temperature:g} and baseline={cfg.baseline} were given; use "
             "temperature=0 and baseline=true."
         )
+
+
+def _check_replay(
+    cfg: DictConfig, plan: ReplayPlan, policy: Policy, verifier: Verifier, drafter: Drafter
+) -> None:
+    """Refuse what a replay cannot say, before the target writes anything."""
+    check_gammas(drafter, plan.gammas)
+    for given, why in (
+        (not isinstance(policy, Chain), "tree is not chain, and it follows chains only"),
+        (verifier.lossy, "the verifier is lossy, and it needs answers with the target's law"),
+        (verifier.greedy_only and cfg.temperature > 0, "greedy verification is not exact there"),
+        (cfg.top_p < 1, f"top_p={cfg.top_p:g}, and it knows the law of plain sampling only"),
+        (cfg.lossless, "lossless=true compares answers, and it decodes none"),
+        (cfg.floor is not None, "floor is for one shape, and it looks at several"),
+    ):
+        if given:
+            raise ValueError(f"A replay was asked for, but {why}; leave one of the two out.")
+
+
+def _replay(
+    cfg: DictConfig,
+    plan: ReplayPlan,
+    chain: Chain,
+    target: Target,
+    drafter: Drafter,
+    bench: str,
+    prompts: list[Prompt],
+    run: Path,
+    facts: dict[str, Any],
+) -> None:
+    recording = record(
+        target,
+        prompts,
+        bench=bench,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        seed=cfg.seed,
+        samples=plan.samples,
+    )
+    timings = None
+    if plan.timed_prompts > 0:
+        say(f"Timing {len(plan.gammas)} chain lengths on {plan.timed_prompts} prompts.")
+        timings = time_chains(
+            target=target,
+            drafter=drafter,
+            gammas=plan.gammas,
+            prompts=prompts[: plan.timed_prompts],
+            temperature=cfg.temperature,
+            draft_temperature=chain.temperature,
+        )
+    made = replay(
+        target=target,
+        drafter=drafter,
+        recording=recording,
+        gammas=plan.gammas,
+        draft_temperature=chain.temperature,
+        timings=timings,
+    )
+    title = replay_caption(made, bench)
+    console.print(replay_table(made, title=title))
+    folder = write_folder(
+        run / "replay" / f"{bench}-T{cfg.temperature:g}",
+        {"bench": bench, **facts, **made.as_dict()},
+        draw=lambda file: replay_plot(made, file, caption=title),
+    )
+    say(best_sentence(made))
+    say(f"Written: {folder / 'results.json'} and plot.png")
 
 
 def _measure(

@@ -54,7 +54,7 @@ def _headline(figure: Figure, m: Measurement, caption: str, height: float) -> No
 
 def _acceptance(axes: Axes, m: Measurement) -> None:
     """Bars: alpha_k; a bar that few drafts reached is paler."""
-    _style(axes, "Acceptance by depth", "share of drafts accepted, of those reached")
+    style(axes, "Acceptance by depth", "share of drafts accepted, of those reached")
     depths = range(1, len(m.alpha_by_depth) + 1)
     most = max(m.reached_by_depth, default=1) or 1
     for depth, alpha, reached in zip(depths, m.alpha_by_depth, m.reached_by_depth, strict=True):
@@ -73,7 +73,7 @@ def _categories(axes: Axes, m: Measurement) -> None:
     """Dots with 95 % intervals; the band is the interval over all prompts. Without categories the
     single prompts are shown instead."""
     kind = "by category" if m.tau_by_category else "each dot a prompt"
-    _style(axes, "Tokens per step", f"{kind}, 95 % interval over prompts, bonus included")
+    style(axes, "Tokens per step", f"{kind}, 95 % interval over prompts, bonus included")
     rows = [("all prompts", m.tau), *list(m.tau_by_category.items())[:MAX_CATEGORIES]]
     axes.axvspan(m.tau.low, m.tau.high, color=TEAL, alpha=0.12, linewidth=0)
     axes.axvline(m.tau.value, color=TEAL, alpha=0.55, linewidth=1)
@@ -121,7 +121,7 @@ def _categories(axes: Axes, m: Measurement) -> None:
 
 def _time(axes: Axes, m: Measurement) -> None:
     """Stacked bars: where a round's milliseconds go, with and without the drafter."""
-    _style(
+    style(
         axes,
         "Time per round",
         "milliseconds of target, drafter, verification and bookkeeping (grey)",
@@ -169,7 +169,8 @@ def _paler(color: str, strength: float) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _style(axes: Axes, title: str, note: str) -> None:
+def style(axes: Axes, title: str, note: str) -> None:
+    """A title, a note under it, and no frame but the baseline."""
     axes.set_title(title, loc="left", fontsize=12, weight="bold", color=INK, pad=22)
     axes.annotate(
         note,

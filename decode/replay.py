@@ -22,6 +22,17 @@ from models.target import Target
 
 
 @dataclass(frozen=True)
+class ReplayPlan:
+    """What the decode command is asked to replay: `gammas` chain lengths, `samples` answers of the
+    target to each prompt (more than one only when sampling), and `timed_prompts` decoded for real
+    with every chain length to predict the speed-up (0: no prediction)."""
+
+    gammas: list[int]
+    samples: int = 1
+    timed_prompts: int = 2
+
+
+@dataclass(frozen=True)
 class ReplayRecord:
     """What one prompt gave: expected counts, summed over its answers."""
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,12 @@ def caption(m: Measurement, bench: str) -> str:
 
 
 def write(folder: Path, m: Measurement, *, bench: str, facts: dict[str, Any]) -> Path:
+    """Write results.json and plot.png of a measurement into `folder`, or beside it if it exists."""
+    results = {"bench": bench, **facts, **m.as_dict()}
+    return write_folder(folder, results, draw=lambda file: plot(m, file, caption=caption(m, bench)))
+
+
+def write_folder(folder: Path, results: dict[str, Any], *, draw: Callable[[Path], None]) -> Path:
     """Write results.json and plot.png into `folder`, or into `folder`-2, -3, ... if it exists.
 
     Nothing is overwritten, and a folder appears only when it is complete.
@@ -77,9 +84,8 @@ def write(folder: Path, m: Measurement, *, bench: str, facts: dict[str, Any]) ->
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
     try:
-        results = {"bench": bench, **facts, **m.as_dict()}
         (temporary / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        plot(m, temporary / "plot.png", caption=caption(m, bench))
+        draw(temporary / "plot.png")
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)  # mkdtemp makes it private

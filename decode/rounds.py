@@ -17,12 +17,12 @@ begin when y_0..y_{i-1} are known; its draft k is put to the test at y_{i+k}.
   teacher-forced distribution, which `unroll` gives at all positions at once (train = decode).
 
 Rounds are then counted without the noise of drafts and coins. Let s(i) be the probability that a
-round begins at i; s(1) = 1, because y_0 comes from the prompt's forward. A round passes depth k with a_k.
-After a refusal at depth k the next one begins at i+k+1, after gamma passes (bonus token) at
-i+gamma+1. An accepted end-of-answer token ends the round and the answer. A round begins only while
-fewer than max_new_tokens tokens are known, and may run past them; what it produces there counts, as
-in decode/session.py. At temperature 0 all probabilities are 0 or 1 and the counts are those of the
-decoder; otherwise they are its expected counts given the answers.
+round begins at i; s(1) = 1, because y_0 comes from the prompt's forward. A round passes depth k
+with a_k. After a refusal at depth k the next one begins at i+k+1, after gamma passes (bonus token)
+at i+gamma+1. An accepted end-of-answer token ends the round and the answer. A round begins only
+while fewer than max_new_tokens tokens are known, and may run past them; what it produces there
+counts, as in decode/session.py. At temperature 0 all probabilities are 0 or 1 and the counts are
+those of the decoder; otherwise they are its expected counts given the answers.
 
 Not covered: nucleus sampling (top_p < 1), trees, lossy verifiers, drafters that stop by themselves.
 In bf16 a batched forward may break near-ties of logits otherwise than the decoder's.

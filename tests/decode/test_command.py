@@ -113,6 +113,57 @@ def test_sampling_and_a_reached_floor(run: Path) -> None:
     assert names == {"heldout-chain3-T0.8", "heldout-chain3-T0.8-2"}
 
 
+def test_a_replay_says_what_the_decoder_says(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("DRAFTSMITH_CACHE", str(tmp_path))
+    common = [f"run={run}", "max_new_tokens=10", "dtype=float32"]
+    assert decode(composed(*common, "tree.gamma=2", "baseline=false")) == 0
+    settings = ["replay=chains", "replay.gammas=[1,2,3]", "replay.timed_prompts=1"]
+    assert decode(composed(*common, *settings)) == 0
+    real = json.loads((run / "decode" / "heldout-chain2-T0" / "results.json").read_text())
+    made = json.loads((run / "replay" / "heldout-T0" / "results.json").read_text())
+    assert [c["gamma"] for c in made["chains"]] == [1, 2, 3]
+    assert made["chains"][1]["tau"] == real["tau"]
+    assert made["chains"][1]["mbsu"] == real["mbsu"]
+    assert made["chains"][1]["speedup"]["value"] == pytest.approx(
+        real["tau"]["value"] / made["chains"][1]["break_even_tau"]
+    )
+    assert (run / "replay" / "heldout-T0" / "plot.png").is_file()
+    assert f"gamma={made['best_gamma']}" in capsys.readouterr().err
+    # Sampling, several answers a prompt, no timing: the best is the best by MBSU.
+    sampled = [
+        "temperature=0.8", "replay.samples=3", "replay.timed_prompts=0", "replay.gammas=[1,3]"
+    ]  # fmt: skip
+    assert decode(composed(*common, "replay=chains", *sampled)) == 0
+    made = json.loads((run / "replay" / "heldout-T0.8" / "results.json").read_text())
+    assert (made["prompts"], made["samples"]) == (6, 3)
+    assert made["chains"][0]["speedup"] is None
+    assert made["best_gamma"] == max(made["chains"], key=lambda c: c["mbsu"])["gamma"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["tree=static"], "follows chains only"),
+        (["replay.gammas=[4]"], "chain lengths from 1 to 3"),
+        (["temperature=1", "top_p=0.9"], "top_p=0.9"),
+        (["temperature=1", "verifier=typical", "verifier.lossy=true"], "is lossy"),
+        (["lossless=true"], "it decodes none"),
+        (["floor=1"], "looks at several"),
+    ],
+)
+def test_what_a_replay_cannot_say_is_refused(
+    run: Path, overrides: list[str], sentence: str
+) -> None:
+    cfg = composed(f"run={run}", "replay=chains", "replay.gammas=[1]", *overrides)
+    with pytest.raises(ValueError, match=sentence):
+        decode(cfg)
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
