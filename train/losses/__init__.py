@@ -1,6 +1,6 @@
 """Row losses: what one draft distribution q should learn from the target's p at one position."""
 
-from train.losses.base import RowLoss, Rows, TargetRows
+from train.losses.base import RowLoss, Rows, TargetLogits, TargetRows
 from train.losses.combine import Tempered, Term, WeightedSum
 from train.losses.features import SmoothL1
 from train.losses.kl import AdaptiveKL, ForwardKL, ReverseKL, TopK
@@ -22,6 +22,7 @@ __all__ = [
     "SkewedKL",
     "SmoothL1",
     "TVDPlusPlus",
+    "TargetLogits",
     "TargetRows",
     "Tempered",
     "Term",

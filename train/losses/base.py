@@ -61,7 +61,7 @@ class TargetRows:
         tail_N1 = padded_ND.scatter(-1, ids_NK, NEVER).logsumexp(-1, keepdim=True)
         return torch.cat([padded_ND.gather(-1, ids_NK), tail_N1], -1)
 
-    def take(self, index_N: Tensor) -> "TargetRows":
+    def take(self, index_N: Tensor | slice) -> "TargetRows":
         """The same for a choice of rows."""
         ids_NK = None if self.ids_NK is None else self.ids_NK[index_N]
         taken = TargetRows(self.logp_ND[index_N], ids_NK)
@@ -69,6 +69,34 @@ class TargetRows:
             if name in self.__dict__:
                 taken.__dict__[name] = self.__dict__[name][index_N]
         return taken
+
+
+@dataclass(frozen=True)
+class TargetLogits:
+    """The target's logits at the draft vocabulary, in the dtype they were computed in.
+
+    Many rows are projected at once; the fp32 log p = logits - logZ is made for a few rows at a
+    time, by `take`. `logz_N` is None where the columns are the whole vocabulary; `cap` is the
+    target's soft cap, cap tanh(logits / cap).
+    """
+
+    logits_ND: Tensor
+    logz_N: Tensor | None = None
+    cap: float | None = None
+
+    def take(self, index_N: Tensor | slice) -> TargetRows:
+        """log p of some rows."""
+        logp_nD = self.logits_ND[index_N].to(torch.float32, copy=True)
+        if self.cap:
+            logp_nD.div_(self.cap).tanh_().mul_(self.cap)
+        logz_n = logp_nD.logsumexp(-1) if self.logz_N is None else self.logz_N[index_N]
+        # Finite, so that p log p is 0 for forbidden ids.
+        return TargetRows(logp_nD.sub_(logz_n[:, None]).clamp_(min=NEVER))
+
+    @property
+    def logp_ND(self) -> Tensor:
+        """log p of all rows."""
+        return self.take(slice(None)).logp_ND
 
 
 @dataclass(frozen=True)
