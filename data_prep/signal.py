@@ -157,57 +157,34 @@ class TopK(Signal):
 
 
 class Sampled(Signal):
-    """N draws with replacement from p, the distribution the target is sampled from.
+    """N draws with replacement from p, at temperature 1 and from all of it.
 
     counts / N is an unbiased estimate of p, so the gradient q - counts / N of the cross-entropy is
     one of q - p (arXiv 2503.16870 finds it as good as the whole of p with N = 50). With p(x) kept
     beside each id, sum_x counts_x / N min(1, q_x / p_x) is an unbiased estimate of the acceptance
-    sum_v min(p_v, q_v). `temperature` and `top_p` are those of serving, p being what is left after
-    them (models/sampling.py). Draws depend on `seed`, the example's id and the position alone.
+    sum_v min(p_v, q_v). Draws depend on `seed`, the example's id and the position alone.
 
     Bytes a position: m (b + 3) + 1 for m distinct ids of b bytes (2 up to 65,536 ids, else 4).
     """
 
-    def __init__(
-        self, *, draws: int = 50, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
-    ) -> None:
+    def __init__(self, *, draws: int = 50, seed: int = 0) -> None:
         if not 1 <= draws < MOST_ENTRIES:
             raise ValueError(
                 f"Sampled(draws={draws}) should draw between 1 and {MOST_ENTRIES - 1} ids of a "
                 "position, because counts are kept as one byte; give e.g. draws=50."
             )
-        if temperature <= 0.0:
-            raise ValueError(
-                f"Sampled(temperature={temperature}) should be above 0, because a greedy target "
-                "has one id and nothing to draw; use TopK, or train on greedy answers with "
-                "cross-entropy."
-            )
-        if not 0.0 < top_p <= 1.0:
-            raise ValueError(
-                f"Sampled(top_p={top_p}) should be above 0 and at most 1, because it is the mass "
-                "of the nucleus that is drawn from; give 1.0 for all of p."
-            )
-        self.draws, self.temperature, self.top_p = draws, temperature, top_p
-        self.seed = seed
+        self.draws, self.seed = draws, seed
 
     @property
     def name(self) -> str:
-        parts = [f"sampled{self.draws}"]
-        for letter, value, plain in (
-            ("t", self.temperature, 1.0),
-            ("p", self.top_p, 1.0),
-            ("s", self.seed, 0),
-        ):
-            if value != plain:
-                parts.append(f"{letter}{value:g}")
-        return "-".join(parts)
+        return f"sampled{self.draws}" + (f"-s{self.seed}" if self.seed else "")
 
     @property
     def most(self) -> int:
         return self.draws + 1  # the argmax, which may never be drawn
 
     def take(self, logits_NV: Tensor, noise: torch.Generator) -> SignalRows:
-        p_NV = probabilities(logits_NV, temperature=self.temperature, top_p=self.top_p)
+        p_NV = probabilities(logits_NV, temperature=1.0)
         uniform_NS = torch.rand(len(p_NV), self.draws, generator=noise, dtype=torch.double)
         drawn_NS = draw_many(p_NV, uniform_NS).sort(-1).values
         # Equal neighbours are one entry: the number of the entry of each draw.

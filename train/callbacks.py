@@ -80,9 +80,15 @@ class Console(Callback):
         def each(name: str) -> str:
             return " ".join(f"{numbers[f'val/{name}_{k}']:.3f}" for k in depths)
 
+        bracket = "val/overlap_0" not in numbers
+        overlap = (
+            f"between {each('overlap_at_least')} and {each('overlap_at_most')}"
+            if bracket
+            else each("overlap")
+        )
         say(
             f"validation at step {trainer.global_step}: loss {numbers['val/loss']:.4f}  agreement "
-            f"{each('agreement')}  overlap {each('overlap')}  estimated "
+            f"{each('agreement')}  overlap {overlap}  estimated "
             f"{numbers['val/tau']:.3f} tokens per step (chain, bonus included)"
         )
 

@@ -23,6 +23,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from data_prep.shards import Example
+from data_prep.signal import SignalRows
 from models.target import Features
 
 LENGTH_NOISE = 0.1
@@ -35,11 +36,15 @@ class Reader(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Example: ...
     def features(self, index: int, layers: Sequence[int], /) -> tuple[Features, Tensor] | None: ...
+    def signal(self, index: int, name: str, /) -> SignalRows: ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, right-padded. Exactly one of `features` and `context_BS` is given.
+    """One micro-batch, right-padded. Exactly one of `features`, `context_BS` and `signal` is given.
+
+    `signal` has a row for each position that teaches, in their order: those u of the sequences, one
+    sequence after the other, with learn[u+1] (a window holds all of its example's).
 
     `normalizer` is the number of tokens to learn in the whole optimizer step: all its micro-batches
     on all ranks. `index` counts this rank's micro-batches from the start of the run.
@@ -56,6 +61,7 @@ class Batch:
     logz_BT: Tensor | None = None
     context_BS: Tensor | None = None
     start_B: Tensor | None = None
+    signal: SignalRows | None = None
 
     def to(self, device: torch.device, **_: Any) -> "Batch":
         """Move every tensor; Lightning calls this."""
@@ -67,6 +73,8 @@ class Batch:
         if self.features is not None:
             inner = {k: v.to(device) for k, v in self.features.layers.items()}
             moved["features"] = Features(self.features.final_BTd.to(device), inner)
+        if self.signal is not None:
+            moved["signal"] = self.signal.to(device)
         return replace(self, **moved)
 
 
@@ -167,8 +175,8 @@ class TrainData(LightningDataModule):
 
     `epochs` and `max_steps` bound the plan (whichever comes first). `layers` are the inner layers
     to read from feature shards; `online` leaves features to the teacher, `sampled` says of which
-    micro-batches besides (they are on-policy: their answers will be replaced). `num_depths` and
-    `reads_history` come from the drafter.
+    micro-batches besides (they are on-policy: their answers will be replaced). `signal` is read in
+    place of features. `num_depths` and `reads_history` come from the drafter.
     """
 
     def __init__(
@@ -184,6 +192,7 @@ class TrainData(LightningDataModule):
         online: bool = True,
         sampled: Callable[[int], bool] | None = None,
         layers: tuple[int, ...] = (),
+        signal: str | None = None,
         num_depths: int = 1,
         reads_history: bool = True,
         rank: int = 0,
@@ -199,7 +208,7 @@ class TrainData(LightningDataModule):
         self.train_reader, self.val_reader = train, val
         self.seed, self.tokens_per_batch = seed, tokens_per_batch
         self.accumulate, self.rank, self.world = accumulate, rank, world
-        self.online, self.layers = online, layers
+        self.online, self.layers, self.signal = online, layers, signal
         self.sampled = sampled or (lambda _: False)
         self.lead = None if reads_history else 1 + num_depths
         self.windows = [window_of(train[i].learn, self.lead) for i in range(len(train))]
@@ -288,12 +297,16 @@ class TrainData(LightningDataModule):
             context_BS = torch.zeros(B, max(w.stop for w in chosen), dtype=torch.long)
             start_B = torch.tensor([w.start for w in chosen])
         parts: list[tuple[Features, Tensor]] = []
+        signals: list[SignalRows] = []
         for row, (i, w) in enumerate(zip(examples, chosen, strict=True)):
             example = reader[i]
             tokens_BT[row, : w.stop - w.start] = example.tokens[w.start : w.stop]
             learn_BT[row, : w.stop - w.start] = example.learn[w.start : w.stop]
             if context_BS is not None:
                 context_BS[row, : w.stop] = example.tokens[: w.stop]
+                continue
+            if self.signal is not None:
+                signals.append(reader.signal(i, self.signal))
                 continue
             stored = reader.features(i, self.layers)
             assert stored is not None, "the teacher reads from shards and there are none"
@@ -303,6 +316,8 @@ class TrainData(LightningDataModule):
         batch = Batch(tokens_BT, learn_BT, learned, learned)
         if context_BS is not None:
             return replace(batch, context_BS=context_BS, start_B=start_B)
+        if signals:
+            return replace(batch, signal=SignalRows.join(signals))
         final_BTd = _pad([f.final_BTd[0] for f, _ in parts], T)
         layers = {k: _pad([f.layers[k][0] for f, _ in parts], T) for k in self.layers}
         logz_BT = _pad([z for _, z in parts], T)

@@ -2,7 +2,9 @@
 
     agreement_k  share of positions where the draft's argmax is the target's argmax
     overlap_k    mean of sum_v min(p_v, q_v), p over the full vocabulary: the chance that a draft
-                 sampled from q is accepted
+                 sampled from q is accepted (with a top-k teacher two numbers, overlap_at_least_k
+                 and overlap_at_most_k, because the ids that were not kept are known together only;
+                 from draws of p an unbiased estimate)
     top10_k      share of positions whose label is among the draft's ten best (the sum over ranks of
                  rank_accuracy)
     tau          1 + mean over positions t of sum_k prod_{i<=k} [draft i at t agrees]: tokens per
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data_prep.signal import SignalRows
 from models.drafter.base import Depth, Drafter, served_depth
 from train.chunked import Lesson, rows_of
 from train.losses import RowLoss, Rows
@@ -41,9 +44,13 @@ class Tally:
     rank_KR: Tensor
     chain: Tensor
     """[number of positions t, sum of accepted chain lengths]"""
+    spare_K: Tensor
+    """What overlap_K would have more if the upper end of what is known of it were true."""
+    bracket: bool = False
+    """Whether that is a bracket and not a number."""
 
     @staticmethod
-    def empty(depths: int, device: torch.device) -> "Tally":
+    def empty(depths: int, device: torch.device, *, bracket: bool = False) -> "Tally":
         zeros_K = torch.zeros(depths, dtype=torch.float64, device=device)
         ranks_KR = torch.zeros(depths, RANKS, dtype=torch.float64, device=device)
         return Tally(
@@ -53,12 +60,15 @@ class Tally:
             zeros_K.clone(),
             ranks_KR,
             zeros_K.new_zeros(2),
+            zeros_K.clone(),
+            bracket,
         )
 
     def tensors(self) -> list[Tensor]:
         """Every sum, for adding and reducing in place."""
         return [
-            self.count_K, self.loss_K, self.agree_K, self.overlap_K, self.rank_KR, self.chain
+            self.count_K, self.loss_K, self.agree_K, self.overlap_K, self.rank_KR, self.chain,
+            self.spare_K,
         ]  # fmt: skip
 
     def rank_accuracy(self) -> list[list[float]]:
@@ -73,11 +83,14 @@ class Tally:
             "loss": float((weights_K * self.loss_K / count_K).sum()),
             "tau": 1.0 + float(self.chain[1] / self.chain[0].clamp(min=1)),
         }
-        for name, sums_K in (
-            ("agreement", self.agree_K),
-            ("overlap", self.overlap_K),
-            ("top10", self.rank_KR.sum(-1)),
-        ):
+        overlap = {"overlap": self.overlap_K}
+        if self.bracket:
+            overlap = {
+                "overlap_at_least": self.overlap_K,
+                "overlap_at_most": self.overlap_K + self.spare_K,
+            }
+        means = {"agreement": self.agree_K, **overlap, "top10": self.rank_KR.sum(-1)}
+        for name, sums_K in means.items():
             for k, share in enumerate((sums_K / count_K).tolist()):
                 numbers[f"{name}_{k}"] = share
         return numbers
@@ -100,6 +113,7 @@ def tally_batch(
     draft_ids_D: Tensor | None,
     chunk_rows: int,
     max_depth: int | None,
+    signal: SignalRows | None = None,
 ) -> Tally:
     """Measure one batch, chunk by chunk. The drafter's head runs in fp32: bf16 logits have ties."""
     tally = Tally.empty(len(depths), lesson.index_U.device)
@@ -109,9 +123,13 @@ def tally_batch(
     rows_K = [rows_of(depth, lesson) for depth in depths]
     for start in range(0, U, chunk_rows):
         stop = min(start + chunk_rows, U)
-        final_nd = lesson.final_Ud[start:stop]
-        logz_n, best_n = teacher.full(final_nd)
-        target = teacher.rows(final_nd, logz_n)
+        kept = None if signal is None else signal[start:stop]
+        if kept is None:
+            final_nd = lesson.final_Ud[start:stop]
+            logz_n, best_n = teacher.full(final_nd)
+            target = teacher.rows(final_nd, logz_n)
+        else:
+            best_n, target = kept.best_N, lesson.taught(teacher, start, stop)
         for k, (depth, (state_N, teacher_N)) in enumerate(zip(depths, rows_K, strict=True)):
             inside_N = (teacher_N >= start) & (teacher_N < stop)
             at_n, taught_n = state_N[inside_N], teacher_N[inside_N] - start
@@ -124,7 +142,12 @@ def tally_batch(
                 if depth.weight_BN is not None:
                     loss_n = loss_n * depth.weight_BN.flatten()[at_n]
                 tally.loss_K[k] += loss_n.sum()
-                tally.overlap_K[k] += torch.minimum(own.p_ND, own.view(logq_nD).exp()).sum()
+                if kept is None:
+                    tally.overlap_K[k] += torch.minimum(own.p_ND, own.view(logq_nD).exp()).sum()
+                else:
+                    low_n, high_n = teacher.acceptance(kept[taught_n], logq_nD)
+                    tally.overlap_K[k] += low_n.sum()
+                    tally.spare_K[k] += (high_n - low_n).sum()
             top_nR = logq_nD.topk(min(RANKS, logq_nD.shape[-1])).indices
             hits_R = (top_nR == label_n[:, None]).sum(0)
             tally.rank_KR[k, : len(hits_R)] += hits_R

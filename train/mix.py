@@ -12,6 +12,7 @@ from conf.console import say
 from data_prep.conversation import spread
 from data_prep.pipeline import Dataset, DatasetFolder
 from data_prep.shards import Example, ShardReader
+from data_prep.signal import SignalRows
 from models.target import Features, Target
 
 
@@ -80,6 +81,16 @@ class MixedReader:
         """As ShardReader.features, of whichever dataset the example is from."""
         reader, place = self._find(index)
         return reader.features(place, layers)
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Signals that both datasets have."""
+        return tuple(name for name in self.main.signals if name in self.extra.signals)
+
+    def signal(self, index: int, name: str, /) -> SignalRows:
+        """As ShardReader.signal, of whichever dataset the example is from."""
+        reader, place = self._find(index)
+        return reader.signal(place, name)
 
     def _find(self, index: int) -> tuple[ShardReader, int]:
         if index < len(self.main):

@@ -1,6 +1,7 @@
 """The one LightningModule: any drafter, any row loss, any teacher."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,10 +55,11 @@ class DraftModule(LightningModule):
         if onpolicy is not None:
             check_drafter(drafter)
         self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
-        self.tally = Tally.empty(drafter.num_depths, torch.device("cpu"))
+        self.tally = Tally.empty(drafter.num_depths, torch.device("cpu"), bracket=teacher.bracket)
         self.validated_step: int | None = None
         self._step_sums: list[Tensor] = []
         teacher.set_vocab(drafter.draft_ids_D)
+        teacher.check_loss(loss)
 
     # --- one batch -------------------------------------------------------------------------------
 
@@ -72,12 +74,15 @@ class DraftModule(LightningModule):
             draft_ids_D=self.drafter.draft_ids_D,
             vocab_size=self.drafter.vocab_size,
         )
+        if batch.signal is not None:
+            lesson = replace(lesson, target=self.teacher.stored(batch.signal))
         return list(self.drafter.unroll(features, batch.tokens_BT)), lesson
 
     def _features(self, batch: Batch) -> tuple[Features, Tensor | None]:
         """What the target computed; nothing at all (width 0) where nobody asks for it: a drafter
-        that reads tokens only, learning from tokens only (pretraining on text)."""
-        if self.training and not (self.drafter.reads_features or self.loss.needs_target):
+        that reads tokens only, learning from tokens only (pretraining on text) or from a signal."""
+        asked = self.drafter.reads_features or self.loss.needs_target
+        if batch.signal is not None or (self.training and not asked):
             return Features(torch.empty(*batch.tokens_BT.shape, 0, device=self.device)), None
         features, logz_BT = self.teacher.features(batch, self.drafter.feature_layers)
         return self._in_step_dtype(features), logz_BT
@@ -176,7 +181,7 @@ class DraftModule(LightningModule):
     # --- validation ------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self.tally = Tally.empty(self.drafter.num_depths, self.device)
+        self.tally = Tally.empty(self.drafter.num_depths, self.device, bracket=self.teacher.bracket)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         depths, lesson = self.prepare(batch)
@@ -188,6 +193,7 @@ class DraftModule(LightningModule):
             draft_ids_D=self.drafter.draft_ids_D,
             chunk_rows=self.chunk_rows,
             max_depth=self.drafter.max_depth,
+            signal=batch.signal,
         )
         for total, part in zip(self.tally.tensors(), measured.tensors(), strict=True):
             total += part

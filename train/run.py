@@ -136,7 +136,7 @@ def _assemble(
         coverage = coverage_of(drafter, own, target)
     drafter.to(target.device)
     teacher: Teacher = build(cfg.teacher, target=target)
-    teacher.choose_source(train, drafter.feature_layers)
+    teacher.choose_source(train, drafter.feature_layers if drafter.reads_features else None)
     onpolicy: OnPolicy | None = build(cfg.onpolicy, target=target, seed=cfg.seed)
     data: TrainData = build(
         cfg.data,
@@ -149,6 +149,7 @@ def _assemble(
         online=teacher.online,
         sampled=None if onpolicy is None else onpolicy.chosen,
         layers=drafter.feature_layers,
+        signal=teacher.signal,
         num_depths=drafter.num_depths,
         reads_history=drafter.reads_history,
     )

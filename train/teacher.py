@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from conf.console import say
 from data_prep.shards import ShardReader
+from data_prep.signal import SignalRows
 from models.target import Features, Target
 from train.data import Batch
-from train.losses import TargetRows
+from train.losses import RowLoss, TargetLogits, TargetRows
 from train.mix import MixedReader
 
 
@@ -44,9 +45,19 @@ class Teacher:
         self._bias_D: Tensor | None = None
         self._draft_ids_D: Tensor | None = None
 
-    def choose_source(self, reader: "ShardReader | MixedReader", layers: tuple[int, ...]) -> None:
-        """Decide between shards and online, or refuse what was asked for."""
-        stored = reader.layers
+    signal: str | None = None
+    """The signal that batches carry instead of features (train/cached.py)."""
+    bracket: bool = False
+    """Whether the acceptance is known as a lower and an upper end only."""
+
+    def choose_source(
+        self, reader: "ShardReader | MixedReader", layers: tuple[int, ...] | None
+    ) -> None:
+        """Decide between shards and online, or refuse what was asked for.
+
+        `layers` are the inner layers the drafter reads; None when it reads no features at all.
+        """
+        stored, layers = reader.layers, layers or ()
         usable = stored is not None and set(layers) <= set(stored)
         if self.source == "shards" and not usable:
             what = "has no feature shards" if stored is None else f"holds layers {list(stored)}"
@@ -59,6 +70,18 @@ class Teacher:
         if self.source == "auto":
             where = "computed in every step (no feature shards)" if self.online else "from shards"
             say(f"Teacher: the target's features are {where}.")
+
+    def check_loss(self, loss: RowLoss) -> None:
+        """Raises ValueError for a loss that this teacher cannot teach. All of p teaches any."""
+        return
+
+    def stored(self, rows: SignalRows) -> TargetRows:
+        """log p from what batches carry of it, `[N]` rows."""
+        raise NotImplementedError("only a teacher with a signal reads one")
+
+    def acceptance(self, rows: SignalRows, logq_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """What is known of sum_v min(p_v, q_v) from a signal: lower and upper end, `[N]` each."""
+        raise NotImplementedError("only a teacher with a signal reads one")
 
     def set_vocab(self, draft_ids_D: Tensor | None) -> None:
         """Restrict p to these ids (None: all of them)."""
@@ -87,16 +110,17 @@ class Teacher:
         return whole[rows_B1, window_BT.clamp(max=S - 1)], None
 
     @torch.no_grad()
-    def rows(self, final_nd: Tensor, logz_n: Tensor | None) -> TargetRows:
-        """log p at the draft ids: W[ids] f - logZ, fp32, full-vocabulary probabilities."""
+    def rows(self, final_nd: Tensor, logz_n: Tensor | None) -> TargetLogits:
+        """The logits W[ids] f at the draft ids, and logZ over the full vocabulary.
+
+        `TargetLogits.take` makes log p = logits - logZ of them, fp32, for a few rows at a time.
+        """
         assert self._weight_Dd is not None, "set_vocab comes before rows"
+        if logz_n is None and self._draft_ids_D is not None:
+            logz_n = self.full(final_nd)[0]
         with torch.autocast(final_nd.device.type, enabled=False):
-            logits_nD = self._logits(final_nd, self._weight_Dd, self._bias_D)
-            if logz_n is None:
-                own = self._draft_ids_D is None
-                logz_n = logits_nD.logsumexp(-1) if own else self.full(final_nd)[0]
-            # In place: the fp32 copy is ours. Finite, so that p log p is 0 for forbidden ids.
-            return TargetRows(logits_nD.sub_(logz_n[:, None]).clamp_(min=-1e4))
+            logits_nD = F.linear(final_nd.to(self._weight_Dd.dtype), self._weight_Dd, self._bias_D)
+        return TargetLogits(logits_nD, logz_n, self._cap)
 
     @torch.no_grad()
     def full(self, final_nd: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,5 +148,8 @@ class Teacher:
     def _logits(self, final_nd: Tensor, weight_cd: Tensor, bias_c: Tensor | None) -> Tensor:
         """The target's own logits (soft-capped as it does) at some ids, as fp32."""
         logits_nc = F.linear(final_nd.to(weight_cd.dtype), weight_cd, bias_c).float()
-        cap = getattr(self.target.config, "final_logit_softcapping", None)
-        return torch.tanh(logits_nc / cap) * cap if cap else logits_nc
+        return torch.tanh(logits_nc / self._cap) * self._cap if self._cap else logits_nc
+
+    @property
+    def _cap(self) -> float | None:
+        return getattr(self.target.config, "final_logit_softcapping", None)

@@ -111,25 +111,13 @@ def test_counts_are_an_unbiased_estimate_of_p() -> None:
     assert ((estimate_V - p_V).abs() < 4 * error_V).all()
 
 
-def test_serving_settings_decide_what_is_drawn() -> None:
-    """Top-p 0.6 of (.5 .25 .15 .1) leaves (2/3, 1/3); temperature 0.5 squares and renormalises."""
-    cut = Sampled(draws=60, top_p=0.6).take(P_NV[:1].log(), noise())
-    assert cut.ids_NK[0].tolist() == [1, 3]
-    torch.testing.assert_close(cut.logp_NK.exp(), torch.tensor([[2 / 3, 1 / 3]]))
-    cold = Sampled(draws=200, temperature=0.5).take(P_NV[:1].log(), noise())
-    squared = P_NV[0] ** 2 / (P_NV[0] ** 2).sum()
-    torch.testing.assert_close(cold.logp_NK[0].exp(), squared[cold.ids_NK[0]])
-
-
 def test_names_say_all_settings() -> None:
     assert TopK(k=16).name == "topk16"
     assert Sampled(draws=50).name == "sampled50"
-    assert Sampled(draws=9, temperature=0.7, top_p=0.95, seed=3).name == "sampled9-t0.7-p0.95-s3"
+    assert Sampled(draws=9, seed=3).name == "sampled9-s3"
     assert Sampled(draws=9).about() == {
         "_target_": "data_prep.signal.Sampled",
         "draws": 9,
-        "temperature": 1.0,
-        "top_p": 1.0,
         "seed": 0,
     }
 
@@ -205,8 +193,6 @@ def test_rows_are_chosen_and_joined_with_their_fillers() -> None:
         (lambda: TopK(k=0), "between 1 and 255 ids"),
         (lambda: TopK(k=256), "between 1 and 255 ids"),
         (lambda: Sampled(draws=255), "between 1 and 254 ids"),
-        (lambda: Sampled(temperature=0.0), "a greedy target has one id"),
-        (lambda: Sampled(top_p=0.0), "top_p=0.0"),
         (lambda: TopK(k=20).check(20), "less than the target's vocabulary of 20"),
     ],
 )
