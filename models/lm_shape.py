@@ -48,6 +48,8 @@ class LmStart:
             shape = with_layers(target, kept_layers(self.keep, count, total))
         if self.init == "layers":
             return shape
+        if self.init == "width":
+            self._check_smaller(target)
         return with_width(shape, **self.widths, new_head_dim=self.init == "random")
 
     def _check(self, total: int) -> None:
@@ -90,6 +92,30 @@ class LmStart:
                 "target's layers, because they are kept from it; give another number."
             )
 
+    def _check_smaller(self, target: dict[str, Any]) -> None:
+        heads, kv_heads = head_counts(target)
+        limits = {
+            "width": target["hidden_size"],
+            "intermediate_size": target["intermediate_size"],
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
+        }
+        for name, value in self.widths.items():
+            if value is not None and not 1 <= value <= limits[name]:
+                raise ValueError(
+                    f"drafter.{name}={value} should lie between 1 and the target's {limits[name]}, "
+                    "because init=width cuts the target down; give a smaller number, or use "
+                    "drafter.init=random."
+                )
+        new_heads = self.num_heads or heads
+        new_groups = self.num_kv_heads or max(1, new_heads * kv_heads // heads)
+        if new_heads // new_groups > heads // kv_heads:
+            raise ValueError(
+                f"drafter.num_heads={new_heads} over drafter.num_kv_heads={new_groups} would give "
+                f"each key-value head more than the {heads // kv_heads} queries it has in the "
+                "target, and none can be added; keep more key-value heads or fewer heads."
+            )
+
 
 def plain_config(config: Any) -> dict[str, Any]:
     """A transformers config as JSON data, nothing left out."""
@@ -116,6 +142,12 @@ def with_layers(config: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
         if "layer" in key and isinstance(value, list) and len(value) == total
     }
     return config | chosen | {"num_hidden_layers": len(kept)}
+
+
+def relisted(config: dict[str, Any], target: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """The config with what is listed layer by layer taken from these layers of the target."""
+    chosen = with_layers(target, kept)
+    return config | {k: v for k, v in chosen.items() if "layer" in k and isinstance(v, list)}
 
 
 def with_width(

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from models.adapters import add_adapters, check_settings, has_adapters, merged_state
 from models.drafter.base import Depth, Drafter, Frontier
 from models.generator_target import GeneratorTarget
 from models.head import Head, build_head
 from models.head.frozen import FrozenHead
 from models.head.tied import TiedHead
-from models.lm_shape import LmStart, build_inner, kept_layers
+from models.lm_shape import LmStart, build_inner, kept_layers, relisted
 from models.lm_state import LmState, Memory, additive, plan_step
 from models.lm_weights import load_weights, source_weights, target_weights
+from models.pruning import activation_scores, block_importance, cut
 from models.target import Features, Target
 
 
@@ -34,13 +36,17 @@ class CausalLm(Drafter):
     How it starts (`init`):
       layers  `num_layers` of the target's layers (`keep`: the first, evenly spaced, or the most
               important ones by 1 - cos(h_in, h_out) on text), with its final norm;
+      width   the target cut to `width` residual channels, `intermediate_size` and heads by the size
+              of activations on text (models/pruning.py); also in depth when `num_layers` is given;
       random  untrained, of the given sizes (the target's where null), for pretraining;
       source  another causal language model with the target's tokenizer (folder or Hub id).
 
     `embedding`: the target's, frozen and not stored, or the drafter's own, trained. `head`: frozen
     (the target's rows), own (trained) or tied (the own embedding's rows). With an own embedding and
-    no frozen head the drafter serves every target with this vocabulary. `architecture` is the inner
-    model's config, written when a drafter is saved; a config leaves it null.
+    no frozen head the drafter serves every target with this vocabulary. `lora` = {r, alpha,
+    dropout, target_modules} trains adapters (and an own head) instead of the inner model's weights;
+    a saved drafter has them merged. `architecture` is the inner model's config, written when a
+    drafter is saved; a config leaves it null.
     """
 
     reads_features = False
@@ -51,15 +57,16 @@ class CausalLm(Drafter):
         hidden_size: int,
         vocab_size: int,
         target_config: dict[str, Any] | None = None,
-        init: Literal["layers", "random", "source"] = "layers",
+        init: Literal["layers", "width", "random", "source"] = "layers",
         num_layers: int | None = None,
-        keep: Literal["first", "even"] = "first",
+        keep: Literal["first", "even", "importance"] = "first",
         width: int | None = None,
         intermediate_size: int | None = None,
         num_heads: int | None = None,
         num_kv_heads: int | None = None,
         source: str | None = None,
         embedding: Literal["target", "own"] = "target",
+        lora: dict[str, Any] | None = None,
         draft_vocab_size: int | None = None,
         head: dict[str, Any],
         architecture: dict[str, Any] | None = None,
@@ -71,6 +78,14 @@ class CausalLm(Drafter):
             init, num_layers, keep, width, intermediate_size, num_heads, num_kv_heads, source
         )
         self.own_embedding = embedding == "own"
+        self.lora = lora
+        if lora is not None:
+            check_settings(lora)
+            if init == "random":
+                raise ValueError(
+                    "drafter.lora trains a few directions of given weights, but drafter.init="
+                    "random has none worth keeping; set drafter.lora=null, or begin from layers."
+                )
         if architecture is None:
             assert target_config is not None, "the target's config or an architecture is needed"
             architecture = self.begin.architecture(target_config) | {"vocab_size": vocab_size}
@@ -104,6 +119,8 @@ class CausalLm(Drafter):
     def _set_architecture(self, architecture: dict[str, Any]) -> None:
         """Build the inner model, with new weights."""
         self.architecture: dict[str, Any] = architecture | {"dtype": None}
+        if not isinstance(self.vocab_head, FrozenHead):
+            self.architecture["final_logit_softcapping"] = None  # our heads put no cap on logits
         self.inner: Any = build_inner(self.architecture, own_embedding=self.own_embedding)
         if isinstance(self.vocab_head, TiedHead):
             self.vocab_head.tie(self.inner.get_input_embeddings())
@@ -140,14 +157,41 @@ class CausalLm(Drafter):
         if self.begin.source is not None:
             weights = source_weights(self.begin.source, target)
         else:
-            count = self.architecture["num_hidden_layers"]
-            kept = kept_layers(self.begin.keep, count, target.num_layers)
+            kept = self._choose_layers(target, calibration)
             weights = target_weights(target, kept)
+            if self.begin.init == "width":
+                scores = activation_scores(target, calibration)
+                shapes = {"before": target.plain_config, "after": self.architecture}
+                weights = cut(weights, scores, kept=kept, **shapes)
         load_weights(self.inner, weights, own_embedding=self.own_embedding)
         rows_Vd = weights.head_Vd
         self.vocab_head.copy_rows(
             rows_Vd if self.draft_ids_D is None else rows_Vd[self.draft_ids_D]
         )
+        self._adapt()
+
+    def _choose_layers(self, target: Target, calibration: Sequence[Tensor]) -> Sequence[int]:
+        """Which of the target's layers are kept; by importance it is known only now."""
+        count, total = self.architecture["num_hidden_layers"], target.num_layers
+        if self.begin.keep != "importance" or count == total:
+            return kept_layers(self.begin.keep, count, total)
+        kept = block_importance(target, calibration).topk(count).indices.sort().values.tolist()
+        self._set_architecture(relisted(self.architecture, target.plain_config, kept))
+        return kept
+
+    def _adapt(self) -> None:
+        if self.lora is not None:
+            add_adapters(self.inner, self.lora)
+
+    def start_from(self, earlier: Drafter) -> None:
+        """Its weights, with new adapters where this drafter trains adapters."""
+        assert isinstance(earlier, CausalLm)
+        if has_adapters(self.inner) or earlier.architecture != self.architecture:
+            device = next(self.parameters()).device
+            self._set_architecture(earlier.architecture)
+            self.to(device)
+        super().start_from(earlier)
+        self._adapt()
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -211,8 +255,26 @@ class CausalLm(Drafter):
         """This drafter in the place of a target, for data_prep.generate.Generator."""
         return GeneratorTarget(self)
 
+    def merged(self) -> "CausalLm":
+        """The same function without adapters (itself when it has none)."""
+        if not has_adapters(self.inner):
+            return self
+        plain = type(self)(**self._settings)
+        state = {k: v for k, v in self.state_dict().items() if not k.startswith("inner.")}
+        state |= {f"inner.{k}": v for k, v in merged_state(self.inner).items()}
+        plain.load_state_dict(state)
+        plain.to(next(self.parameters()).device, self.dtype)
+        if self._bound:
+            plain.bind(self.target)
+        return plain.train(self.training)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """The arguments that build this drafter without its target and without adapters."""
+        given: Any = self._hub_mixin_config
+        return given | {"architecture": self.architecture, "target_config": None, "lora": None}
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        config = self._hub_mixin_config
-        assert isinstance(config, dict)
-        config |= {"architecture": self.architecture, "target_config": None}
-        super()._save_pretrained(save_directory)
+        plain = self.merged()
+        plain._hub_mixin_config = plain._settings  # type: ignore[assignment]
+        super(CausalLm, plain)._save_pretrained(save_directory)
