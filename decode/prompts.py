@@ -50,7 +50,7 @@ class HeldOut:
 
     def __init__(self, *, name: str = "heldout", dataset_folder: Path) -> None:
         self.name = name
-        self._folder = dataset_folder
+        self._folder = Path(dataset_folder)
 
     def prompts(self, *, limit: int | None, max_prompt_tokens: int | None) -> list[Prompt]:
         """Of each held-out example the tokens before the first one to learn: its first prompt.

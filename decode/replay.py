@@ -121,10 +121,13 @@ def replay(
     gammas: Sequence[int],
     draft_temperature: float | None = None,
     timings: Mapping[int, Timing] | None = None,
+    draft_bytes: Mapping[int, float] | None = None,
 ) -> Replayed:
     """Expected tokens per step on a recording, for several chain lengths at once.
 
-    `draft_temperature` is that of the drafts; None is the recording's own.
+    `draft_temperature` is that of the drafts; None is the recording's own. `draft_bytes` (weight
+    bytes of one draft of each length, see `count_draft_bytes`) are counted when not given: drafters
+    of one architecture share them.
     """
     check_gammas(drafter, gammas)
     drafts_at = recording.temperature if draft_temperature is None else draft_temperature
@@ -138,13 +141,12 @@ def replay(
         for i, n in enumerate(lengths)
     ]
     prompt, samples = recording.answers[0].prompt, recording.samples
+    read = draft_bytes or count_draft_bytes(target, drafter, gammas, prompt)
     chains = []
     for gamma in sorted(set(gammas)):
         counts = expected_counts(accept_KAJ, lengths, gamma=gamma, max_new_tokens=limit)
-        chain = Chain(gamma=gamma, temperature=drafts_at, seed=recording.seed)
-        read = _draft_bytes(target, drafter, chain, recording, prompt)
         timing = timings.get(gamma) if timings else None
-        chains.append(_result(gamma, _by_prompt(counts, recording), target, read, timing))
+        chains.append(_result(gamma, _by_prompt(counts, recording), target, read[gamma], timing))
     grouped = [
         tuple(sum(pair[c] for pair in firsts[i : i + samples]) for c in (0, 1))
         for i in range(0, len(firsts), samples)
@@ -207,6 +209,19 @@ def time_chains(
     return found
 
 
+def count_draft_bytes(
+    target: Target, drafter: Drafter, gammas: Sequence[int], prompt: Prompt
+) -> dict[int, float]:
+    """Weight bytes one draft reads, counted in a few real rounds as decode/measure.py does."""
+    found = {}
+    for gamma in gammas:
+        decoder = Decoder(
+            target=target, drafter=drafter, verifier=Sampling(), policy=Chain(gamma=gamma)
+        )
+        found[gamma] = warm_up(decoder, None, drafter, prompt)
+    return found
+
+
 def _by_prompt(counts: Sequence[dict[str, Any]], recording: Recording) -> list[ReplayRecord]:
     """Answers to one prompt depend on each other: their counts are added up."""
     records = []
@@ -252,18 +267,3 @@ def _result(
         speedup=tau.divided_by(timing.break_even_tau) if timing else None,
         records=records,
     )
-
-
-def _draft_bytes(
-    target: Target, drafter: Drafter, chain: Chain, recording: Recording, prompt: Prompt
-) -> float:
-    """Weight bytes one draft reads: counted in a few real rounds, as decode/measure.py does."""
-    decoder = Decoder(
-        target=target,
-        drafter=drafter,
-        verifier=Sampling(),
-        policy=chain,
-        temperature=recording.temperature,
-        seed=recording.seed,
-    )
-    return warm_up(decoder, None, drafter, prompt)
