@@ -22,6 +22,13 @@ class Head(nn.Module, ABC):
     def forward(self, states: Tensor) -> Tensor:
         """Draft logits of `states`."""
 
+    def matrix(self) -> tuple[Tensor, Tensor | None] | None:
+        """(W, b) where the logits are exactly `states W^T + b`; None for every other head.
+
+        The loss then multiplies itself and adds gradients in place, without a copy of W's size.
+        """
+        return None
+
     def bind(self, target: Target, draft_ids_D: Tensor | None) -> None:
         """Reach the target's head, for heads that use it frozen. Stores nothing."""
 

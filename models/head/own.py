@@ -20,6 +20,9 @@ class OwnHead(Head):
     def forward(self, states: Tensor) -> Tensor:
         return self.linear(states)
 
+    def matrix(self) -> tuple[Tensor, Tensor | None]:
+        return self.linear.weight, self.linear.bias
+
     def init_from(self, target: Target, draft_ids_D: Tensor | None) -> None:
         weight = target.head_weight_Vd
         self.copy_rows(weight if draft_ids_D is None else weight[draft_ids_D])
