@@ -204,7 +204,7 @@ def _block(
         if rest and rest[0] is not None:
             feature_BNd = taught.depth.feature_BNd
             assert feature_BNd is not None
-            gradients.set_rows(feature_BNd, taught.state_N[rows_n], rest[0])
+            gradients.add_rows(feature_BNd, taught.state_N[rows_n], rest[0])
     elif differentiate:
         piece.set_dz(rows_n, None)
     return summed.detach(), right

@@ -117,10 +117,10 @@ class Gradients:
     def wants(self, tensor: Tensor | None) -> bool:
         return tensor is not None and id(tensor) in self.of
 
-    def set_rows(self, tensor: Tensor, index_n: Tensor, grad_nd: Tensor) -> None:
-        """Rows of the flattened gradient: each state is in one row at most."""
+    def add_rows(self, tensor: Tensor, index_n: Tensor, grad_nd: Tensor) -> None:
+        """Add to rows of the flattened gradient (depths may share their states)."""
         grad = self.of[id(tensor)]
-        grad.view(-1, grad.shape[-1])[index_n] = grad_nd.to(grad.dtype)
+        grad.view(-1, grad.shape[-1]).index_add_(0, index_n, grad_nd.to(grad.dtype))
 
     def add(self, tensor: Tensor, grad: Tensor) -> None:
         self.of[id(tensor)].add_(grad)
@@ -198,11 +198,11 @@ class Piece:
                 if grad is not None:
                     gradients.add(p, grad)
             if self.h_nd.requires_grad and grads[-1] is not None:
-                gradients.set_rows(states, self.state_n, grads[-1])
+                gradients.add_rows(states, self.state_n, grads[-1])
             return
         weight, bias = self.matrix
         if gradients.wants(states):
-            gradients.set_rows(states, self.state_n, self.dz_nD @ self.weight_Dd)
+            gradients.add_rows(states, self.state_n, self.dz_nD @ self.weight_Dd)
         if gradients.wants(weight):
             gradients.add_product(weight, self.dz_nD, self.h_nd)
         if bias is not None and gradients.wants(bias):
