@@ -148,6 +148,14 @@ class Dataset:
             conversations = self._collect(target, ready).conversations
         return self._estimate(target, conversations, waiting, self.capture, compare=True)
 
+    def signals(self) -> tuple[str, ...]:
+        """Names of the signals that are there, or will be when it is prepared."""
+        there = self.folder / MANIFEST
+        names = set(read_manifest(self.folder).get("signals", {}) if there.exists() else {})
+        if self.capture and self.capture.signal:
+            names.add(self.capture.signal.name)
+        return tuple(sorted(names))
+
     # --- stages ----------------------------------------------------------------------------------
 
     def _conversations(self, target: Target) -> list[Conversation]:

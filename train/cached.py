@@ -12,11 +12,13 @@ Shape legend: N rows, U teacher positions, K kept ids of a row, D draft vocabula
 vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from data_prep.pipeline import Dataset
 from data_prep.shards import ShardReader
 from data_prep.signal import NOTHING, Sampled, Signal, SignalRows, TopK
 from models.target import Target
@@ -45,16 +47,19 @@ class CachedTeacher(Teacher):
                 "its features, but this drafter reads features; use teacher=auto, which knows all "
                 "of p once features are there, or a drafter that reads tokens only."
             )
-        if self.signal not in reader.signals:
-            found = ", ".join(reader.signals) or "none"
+        self._check_signals(reader.signals, str(reader.folder))
+
+    def _check_signals(self, names: Sequence[str], where: str) -> None:
+        if self.signal not in names:
             raise ValueError(
-                f"The teacher needs the signal '{self.signal}', but the dataset in {reader.folder} "
-                f"has: {found}. Capture it with the same settings (dataset.capture.signal: "
+                f"The teacher needs the signal '{self.signal}', but the dataset in {where} has: "
+                f"{', '.join(names) or 'none'}. Capture it (dataset.capture.signal: "
                 f"{self._kept.about()}), which answers nothing again, or use teacher=online."
             )
 
-    def check_loss(self, loss: RowLoss) -> None:
-        """Raises ValueError for a loss that cannot be computed from what was kept."""
+    def check(self, loss: RowLoss, dataset: Dataset) -> None:
+        """Also refuses a loss that cannot be computed from what is kept."""
+        self._check_signals(dataset.signals(), str(dataset.folder))
         for part in _parts(loss):
             if part.needs_features:
                 raise ValueError(
@@ -145,8 +150,8 @@ class SampledTeacher(CachedTeacher):
         super().__init__(target=target, signal=Sampled(draws=draws, seed=seed))
         self.draws = draws
 
-    def check_loss(self, loss: RowLoss) -> None:
-        super().check_loss(loss)
+    def check(self, loss: RowLoss, dataset: Dataset) -> None:
+        super().check(loss, dataset)
         for part in _parts(loss):
             if part.needs_target and not isinstance(part, ForwardKL):
                 raise ValueError(

@@ -59,7 +59,6 @@ class DraftModule(LightningModule):
         self.validated_step: int | None = None
         self._step_sums: list[Tensor] = []
         teacher.set_vocab(drafter.draft_ids_D)
-        teacher.check_loss(loss)
 
     # --- one batch -------------------------------------------------------------------------------
 

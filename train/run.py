@@ -81,6 +81,7 @@ def train(cfg: DictConfig, run_dir: Path) -> Path:
     target: Target = build(cfg.target)
     if cfg.resume is None and point.path is None:
         write_config(run_dir, cfg)
+    build(cfg.teacher, target=target).check(build(cfg.loss), dataset)
     folder = dataset.prepare(target)
     if mix is not None:
         mix.prepare(target)

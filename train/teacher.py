@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conf.console import say
+from data_prep.pipeline import Dataset
 from data_prep.shards import ShardReader
 from data_prep.signal import SignalRows
 from models.target import Features, Target
@@ -71,8 +72,8 @@ class Teacher:
             where = "computed in every step (no feature shards)" if self.online else "from shards"
             say(f"Teacher: the target's features are {where}.")
 
-    def check_loss(self, loss: RowLoss) -> None:
-        """Raises ValueError for a loss that this teacher cannot teach. All of p teaches any."""
+    def check(self, loss: RowLoss, dataset: Dataset) -> None:
+        """Raises ValueError, before anything is answered, for what this teacher cannot teach."""
         return
 
     def stored(self, rows: SignalRows) -> TargetRows:
