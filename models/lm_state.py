@@ -39,6 +39,20 @@ class Memory:
         """Nodes drafted so far."""
         return len(self.depths)
 
+    def positions(self, first: int, device: torch.device) -> Tensor:
+        """Positions of the cache rows from `first` on: a node stands right behind its parent."""
+        verified = torch.arange(first, max(first, self.start), device=device)
+        drafted = torch.tensor(self.depths[max(0, first - self.start) :], device=device)
+        return torch.cat([verified, drafted.long() + self.start])
+
+    @property
+    def node_parents(self) -> list[int]:
+        """The parent of each node; -1 for the root."""
+        parents: list[int] = []
+        for given in self.parents:
+            parents += [len(parents) - 1] if given is None else given.tolist()
+        return parents
+
     def begin(self) -> None:
         """Forget the draft before."""
         self.cache.shorten(self.length)
@@ -76,9 +90,7 @@ class Memory:
         if not self.tokens or int(self.tokens[0][0]) != self.unread[-1]:
             return []
         tokens = torch.cat(self.tokens).tolist()
-        parents: list[int] = []
-        for given in self.parents:
-            parents += [len(parents) - 1] if given is None else given.tolist()
+        parents = self.node_parents
         path = [0]
         for token in verified:
             found = (
@@ -161,27 +173,30 @@ def _seen(state: LmState, depth: int, device: torch.device) -> tuple[Tensor, Ten
     return node_1, torch.ones(1, depth, dtype=torch.bool, device=device)
 
 
-def additive(step: Step, config: Any, dtype: torch.dtype) -> Any:
-    """The mask of a step as transformers takes it: 0 where visible, -inf elsewhere, added to the
-    scores before the softmax. None for plain causal reading, which transformers masks itself.
+def additive(
+    visible_QK: Tensor, at_Q: Tensor, at_K: Tensor, config: Any, dtype: torch.dtype
+) -> Any:
+    """A mask as transformers takes it: 0 where visible, -inf elsewhere, added to the scores before
+    the softmax. `at_Q` and `at_K` are the positions of queries and keys.
 
     Where layers only look `sliding_window` positions back, theirs is cut accordingly.
     """
-    if step.visible is None:
-        return None
-    everything = _to_additive(step.visible, dtype)
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if window is None or (kinds is not None and "sliding_attention" not in kinds):
+    everything = _to_additive(visible_QK, dtype)
+    if not has_window(config):
         return everything
-    memory = step.state.memory
-    past = torch.arange(memory.start, device=step.visible.device)
-    drafted = torch.tensor(memory.depths, device=step.visible.device) + memory.start
-    ago = step.positions_1N[0, :, None] - torch.cat([past, drafted])[None]
-    near = _to_additive(step.visible & (ago < window), dtype)
+    near = visible_QK & (at_Q[:, None] - at_K[None] < config.sliding_window)
+    kinds = getattr(config, "layer_types", None)
+    near = _to_additive(near, dtype)
     return near if kinds is None else {"full_attention": everything, "sliding_attention": near}
 
 
-def _to_additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, float("-inf"))[None, None]
+def has_window(config: Any) -> bool:
+    """Whether some layers look back a limited number of positions."""
+    kinds = getattr(config, "layer_types", None)
+    limited = kinds is None or "sliding_attention" in kinds
+    return limited and getattr(config, "sliding_window", None) is not None
+
+
+def _to_additive(visible_QK: Tensor, dtype: torch.dtype) -> Tensor:
+    mask_QK = torch.zeros(visible_QK.shape, dtype=dtype, device=visible_QK.device)
+    return mask_QK.masked_fill_(~visible_QK, float("-inf"))[None, None]

@@ -226,7 +226,7 @@ class CausalLm(Drafter):
 
     def start(self, features: Features, tokens_1T: Tensor) -> LmState:
         """Read x_0..x_{T-2}; the last token is the root and is read with the first draft."""
-        memory = Memory()
+        memory = self.initial_state().memory
         if tokens_1T.shape[1] > 1:
             self.read(tokens_1T[:, :-1], cache=memory.cache)
         memory.length, memory.unread = tokens_1T.shape[1] - 1, tokens_1T[0, -1:].tolist()
@@ -240,9 +240,14 @@ class CausalLm(Drafter):
 
     def step(self, state: LmState, depth: int, frontier: Frontier) -> tuple[LmState, Tensor]:
         step = plan_step(state, depth, frontier)
+        mask = None
+        if step.visible is not None:
+            at_K = state.memory.positions(0, step.visible.device)
+            at_N = step.positions_1N[0]
+            mask = additive(step.visible, at_N, at_K, self.inner.config, self.dtype)
         states_1Nd = self.read(
             step.tokens_1N,
-            attention_mask=additive(step, self.inner.config, self.dtype),
+            attention_mask=mask,
             positions_BT=step.positions_1N,
             cache=state.memory.cache,
         )

@@ -35,23 +35,24 @@ from tests.decode.toy import chi_square, text_law
 from tests.tiny import tiny_target
 
 NOT_FAMILIES = {"__init__", "base", "blocks", "load"}
+OWN, TIED = "models.head.own.OwnHead", "models.head.tied.TiedHead"
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "medusa": [{"num_layers": 3}, {"head": {"_target_": "models.head.frozen.FrozenHead"}}],
     "causal_lm": [
         {"keep": "even", "draft_vocab_size": 64},
-        {"embedding": "own", "head": {"_target_": "models.head.tied.TiedHead"}},
+        {"embedding": "own", "head": {"_target_": TIED}},
         {
             "embedding": "own",
-            "head": {"_target_": "models.head.tied.TiedHead"},
+            "head": {"_target_": TIED},
             "draft_vocab_size": 64,
         },
-        {"head": {"_target_": "models.head.own.OwnHead"}, "draft_vocab_size": 64},
+        {"head": {"_target_": OWN}, "draft_vocab_size": 64},
         {
             "init": "random",
             "width": 16,
             "num_heads": 2,
             "embedding": "own",
-            "head": {"_target_": "models.head.own.OwnHead"},
+            "head": {"_target_": OWN},
         },
         {
             "init": "width",
@@ -60,10 +61,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "intermediate_size": 40,
             "num_heads": 2,
             "embedding": "own",
-            "head": {"_target_": "models.head.own.OwnHead"},
+            "head": {"_target_": OWN},
             "draft_vocab_size": 64,
         },
-        {"lora": {"r": 4}, "head": {"_target_": "models.head.own.OwnHead"}},
+        {"lora": {"r": 4}, "head": {"_target_": OWN}},
+    ],
+    "sorted_lm": [
+        {"num_layers": 2, "exits": [1, 2], "embedding": "own", "head": {"_target_": TIED}},
+        {"lora": {"r": 4}, "head": {"_target_": OWN}},
     ],
     "hydra_heads": [{"prefix_layer": True, "num_layers": 2}, {"num_heads": 2}],
 }
