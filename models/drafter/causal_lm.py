@@ -122,6 +122,7 @@ class CausalLm(Drafter):
         if not isinstance(self.vocab_head, FrozenHead):
             self.architecture["final_logit_softcapping"] = None  # our heads put no cap on logits
         self.inner: Any = build_inner(self.architecture, own_embedding=self.own_embedding)
+        self.inner.train(self.training)
         if isinstance(self.vocab_head, TiedHead):
             self.vocab_head.tie(self.inner.get_input_embeddings())
 
