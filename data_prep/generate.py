@@ -42,10 +42,20 @@ class Generator:
     Batches are fixed by the requests alone (sorted by length, cut by `batch_tokens` and
     `max_batch`), so that a run that was interrupted and continued meets the same batches and gives
     the same answers. The random numbers of a sampled answer depend on its own seed only.
+    `ids_D` are the token ids of `target.project`'s columns where it makes fewer than all (a drafter
+    in the target's place).
     """
 
-    def __init__(self, *, target: Target, batch_tokens: int = 32_768, max_batch: int = 96) -> None:
+    def __init__(
+        self,
+        *,
+        target: Target,
+        batch_tokens: int = 32_768,
+        max_batch: int = 96,
+        ids_D: Tensor | None = None,
+    ) -> None:
         self.target = target
+        self.ids_D = ids_D
         self.batch_tokens = batch_tokens
         self.max_batch = max_batch
 
@@ -95,6 +105,8 @@ class Generator:
             )
             logits_BV = target.project(features.final_BTd[:, -1])
             next_B = noise.choose(logits_BV, rows_B, step)
+            if self.ids_D is not None:
+                next_B = self.ids_D[next_B]
             step += 1
             eos_B = torch.isin(next_B, eos)
             for row, token, is_end, alive in zip(
@@ -130,9 +142,10 @@ class _Noise:
         self.sampled_B = torch.tensor([r.temperature > 0 for r in batch])
 
     def choose(self, logits_BV: Tensor, rows_B: Tensor, step: int) -> Tensor:
-        chosen_B = logits_BV.argmax(-1)
         rows = rows_B.cpu()
         sampled = self.sampled_B[rows].nonzero().squeeze(-1)
+        greedy = len(sampled) < len(rows)
+        chosen_B = logits_BV.argmax(-1) if greedy else torch.empty_like(rows_B)
         groups: dict[tuple[float, float], list[int]] = {}
         for i in sampled.tolist():
             request = self.batch[int(rows[i])]

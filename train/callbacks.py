@@ -105,6 +105,7 @@ def banner(trainer: pl.Trainer, module: DraftModule) -> list[str]:
         if drafter.draft_vocab_size is None
         else f"{drafter.draft_vocab_size:,} of {drafter.vocab_size:,} tokens"
     )
+    sampled = [] if module.onpolicy is None else [f"On-policy: {module.onpolicy.describe()}."]
     return [
         f"Drafter: {type(drafter).__name__}, {drafter.num_depths} depths, {trained / 1e6:.2f} M "
         f"parameters trained, {frozen / 1e6:.2f} M frozen; vocabulary {vocabulary}.",
@@ -114,6 +115,7 @@ def banner(trainer: pl.Trainer, module: DraftModule) -> list[str]:
         f"({learned / data.total_steps:,.0f} a step, {data.plan[-1].epoch:.2f} epochs), precision "
         f"{trainer.precision}, {trainer.world_size} process(es) x {data.accumulate} micro-batches; "
         f"a time estimate follows with the first line.",
+        *sampled,
     ]
 
 

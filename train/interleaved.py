@@ -28,14 +28,23 @@ from models.target import Target
 class Interleaver:
     """Answers batches of requests like `data_prep.generate.Generator`, by drafter and target.
 
-    `drafter` is an object with the `forward` and `project` of a `Target` that speaks the target's
-    vocabulary. Random numbers belong to (request seed, place in the answer), one for the drafter
-    and one for the target, so that `block` does not change what is written. `proposed` and `kept`
-    count tokens that were judged, over the life of the object.
+    `drafter` is an object with the `forward` and `project` of a `Target`; `ids_D` are the target
+    ids of its logits' columns, None where these are all of the target's vocabulary. Random numbers
+    belong to (request seed, place in the answer), one for the drafter and one for the target, so
+    that `block` does not change what is written. `proposed` and `kept` count tokens that were
+    judged, over the life of the object.
     """
 
-    def __init__(self, *, drafter: Any, target: Target, top_k: int, block: int = 4) -> None:
-        self.drafter, self.target = drafter, target
+    def __init__(
+        self,
+        *,
+        drafter: Any,
+        target: Target,
+        top_k: int,
+        block: int,
+        ids_D: Tensor | None = None,
+    ) -> None:
+        self.drafter, self.target, self.ids_D = drafter, target, ids_D
         self.top_k, self.block = top_k, block
         self.proposed = self.kept = 0
 
@@ -58,7 +67,7 @@ class _Run:
     """One batch on its way: what was written, what both models have read."""
 
     def __init__(self, parent: Interleaver, batch: Sequence[Request]) -> None:
-        self.drafter, self.target = parent.drafter, parent.target
+        self.drafter, self.target, self.ids_D = parent.drafter, parent.target, parent.ids_D
         self.top_k, self.block = parent.top_k, parent.block
         self.temperature, self.top_p = batch[0].temperature, batch[0].top_p
         assert all((r.temperature, r.top_p) == (self.temperature, self.top_p) for r in batch)
@@ -124,7 +133,8 @@ class _Run:
             )
             logits_BV = self.drafter.project(features.final_BTd[:, -1])
             place_B = torch.full_like(self.rows_B, len(proposed))
-            proposed.append(self._draw(0, logits_BV, place_B))
+            drawn_B = self._draw(0, logits_BV, place_B)
+            proposed.append(drawn_B if self.ids_D is None else self.ids_D[drawn_B])
             if len(proposed) == self.block:
                 return torch.stack(proposed, dim=1)
             tokens_BM, positions_BM = proposed[-1][:, None], positions_BM[:, -1:] + 1

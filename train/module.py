@@ -17,8 +17,9 @@ from train.chunked import Lesson, LossSums, chunked_loss, make_lesson, rows_per_
 from train.data import Batch
 from train.losses import RowLoss
 from train.metrics import Tally, tally_batch
-from train.onpolicy import OnPolicy, check_drafter
+from train.onpolicy import OnPolicy
 from train.teacher import Teacher
+from train.writer import check_drafter
 
 
 class DraftModule(LightningModule):

@@ -9,8 +9,7 @@ For a share of the micro-batches the planned examples are replaced: prompt (all 
 first one to learn) + what the drafter says after it, learned from the first sampled token to the
 last, an end-of-answer token included. The target then reads these sequences once.
 
-Everything random is a function of (seed, rank, micro-batch), and the replay ring is in the
-checkpoint: a resumed run samples what an undisturbed one would have.
+All randomness is a function of (seed, rank, micro-batch), and the replay ring is in the checkpoint.
 
 Shape legend: B sequences, T positions.
 """
@@ -19,22 +18,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from typing_extensions import TypedDict
 
-from conf.signature import locate
 from data_prep.conversation import stable_hash
-from data_prep.generate import Generator, Request
+from data_prep.generate import Request
 from models.drafter.base import Drafter
 from models.target import Target
 from train.data import Batch, TrainData
-from train.interleaved import Interleaver
-from train.ring import Ring, Sampled
+from train.ring import Ring, Sampled, prompt_of
 from train.teacher import Teacher
+from train.writer import Mode, Writer
 
 
 class Replay(TypedDict):
@@ -85,7 +82,7 @@ class OnPolicy:
         max_new_tokens: int = 128,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        mode: Literal["draft", "interleaved"] = "draft",
+        mode: Mode = "draft",
         top_k: int = 25,
         batch_tokens: int = 32_768,
         replay: Replay | None = None,
@@ -113,7 +110,7 @@ class OnPolicy:
             )
         self.target, self.seed, self.fraction = target, seed, fraction
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
-        self.mode, self.top_k, self.batch_tokens = mode, top_k, batch_tokens
+        self.writer = Writer(target=target, mode=mode, top_k=top_k, batch_tokens=batch_tokens)
         self.share = 0.0 if replay is None else replay["share"]
         self.ring = None if replay is None else Ring(replay["size"])
         self.totals = Counts()
@@ -121,6 +118,17 @@ class OnPolicy:
         self._ready: dict[int, list[Sampled]] = {}
         self._first: int | None = None
         self._normalizer: int | None = None
+
+    def describe(self) -> str:
+        """One line for the banner."""
+        who = "the drafter"
+        if self.writer.mode == "interleaved":
+            who += f", corrected by the target outside its {self.writer.top_k} best tokens"
+        again = f", {self.share:.0%} of these replayed" if self.ring is not None else ""
+        return (
+            f"about {self.fraction:.0%} of the micro-batches{again}, written by {who}: up to "
+            f"{self.max_new_tokens} tokens, temperature {self.temperature:g}, top_p {self.top_p:g}"
+        )
 
     def chosen(self, index: int) -> bool:
         """Whether micro-batch number `index` is on-policy."""
@@ -167,7 +175,7 @@ class OnPolicy:
             "train/sampling_seconds": step.sampling_seconds,
             "train/teaching_seconds": step.teaching_seconds,
         }
-        if self.mode == "interleaved":
+        if self.writer.mode == "interleaved":
             numbers["train/kept"] = step.kept / max(1, step.judged)
         return numbers
 
@@ -203,15 +211,19 @@ class OnPolicy:
                 self._ready[i] = old
                 self._step.replayed += sum(s.learned for s in old)
         with self._timed("sampling_seconds"):
-            fresh = self._sample(wanted, drafter)
+            fresh = self.writer.write(wanted, drafter)
         for request in wanted:
             i = int(request.id.split("/")[0])
             self._ready.setdefault(i, []).append(fresh[request.id])
         if self.ring is not None:
             self.ring.add([fresh[request.id] for request in wanted])
         self._step.sampled += sum(s.learned for s in fresh.values())
+        judged, kept = self.writer.take_counts()
+        self._step.judged += judged
+        self._step.kept += kept
         self._step.sequences += sum(len(rows) for rows in self._ready.values())
-        planned = sum(data.windows[e].learned for i in own for e in _planned(i, data, self._ready))
+        as_planned = [e for i in own if i not in self._ready for e in data.mine[i].examples]
+        planned = sum(data.windows[e].learned for e in as_planned)
         ready = sum(s.learned for rows in self._ready.values() for s in rows)
         self._normalizer = total(planned + ready)
 
@@ -247,30 +259,6 @@ class OnPolicy:
             )
         return requests
 
-    def _sample(self, requests: Sequence[Request], drafter: Drafter) -> dict[str, Sampled]:
-        """What the drafter says to each request, by the request's id."""
-        if not requests:
-            return {}
-        check_drafter(drafter)
-        with _eval_mode(drafter):
-            speaker: Any = drafter.as_generator_target()  # type: ignore[attr-defined]
-            generator = Generator(
-                target=speaker, batch_tokens=self.batch_tokens, max_batch=len(requests)
-            )
-            interleaver = None
-            if self.mode == "interleaved":
-                interleaver = Interleaver(drafter=speaker, target=self.target, top_k=self.top_k)
-            made: dict[str, Sampled] = {}
-            for group in generator.batches(requests):
-                answers = (interleaver or generator).answer_batch(group)
-                for request, answer in zip(group, answers, strict=True):
-                    tokens = torch.tensor(request.tokens + answer.tokens)
-                    made[request.id] = Sampled(tokens, len(request.tokens))
-            if interleaver is not None:
-                self._step.judged += interleaver.proposed
-                self._step.kept += interleaver.kept
-        return made
-
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         begin = self._now()
@@ -282,38 +270,6 @@ class OnPolicy:
         if self.target.device.type == "cuda":
             torch.cuda.synchronize(self.target.device)
         return time.perf_counter()
-
-
-def check_family(node: Any) -> None:
-    """Refuse to sample from a drafter's config node whose class reads the target's features.
-
-    Raises ValueError; nothing has to be loaded for it.
-    """
-    family = locate(str(node["_target_"]))
-    # A family that decides by its settings has a property here; `check_drafter` sees its value.
-    if getattr(family, "reads_features", False) is True:
-        _refuse(getattr(family, "__name__", str(family)))
-
-
-def check_drafter(drafter: Drafter) -> None:
-    """The same for a drafter that exists."""
-    if drafter.reads_features:
-        _refuse(type(drafter).__name__)
-
-
-def _refuse(family: str) -> None:
-    raise ValueError(
-        f"onpolicy is given, but {family} has reads_features = True: it drafts from the target's "
-        "features and cannot write text alone, and on-policy training needs a drafter that can; "
-        "use a drafter that reads tokens only (drafter=causal_lm), or leave on-policy training "
-        "out with onpolicy=null."
-    )
-
-
-def prompt_of(tokens_T: Tensor, learn_T: Tensor) -> list[int]:
-    """The tokens before the first one to learn. Token 0 has no teacher and is always prompt."""
-    first = int(learn_T[1:].nonzero()[0, 0]) + 1
-    return tokens_T[:first].tolist()
 
 
 def collate(rows: Sequence[Sampled], planned: Batch, normalizer: int) -> Batch:
@@ -337,23 +293,6 @@ def collate(rows: Sequence[Sampled], planned: Batch, normalizer: int) -> Batch:
     )
 
 
-def _planned(index: int, data: TrainData, ready: dict[int, Any]) -> Sequence[int]:
-    """The examples a micro-batch trains on as planned: none where samples took their place."""
-    return () if index in ready else data.mine[index].examples
-
-
 def _uniform(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
     return stable_hash(text) / 2**64
-
-
-@contextmanager
-def _eval_mode(drafter: Drafter) -> Iterator[None]:
-    """Without dropout; every module gets back the mode it had."""
-    modes = [(module, module.training) for module in drafter.modules()]
-    drafter.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

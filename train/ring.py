@@ -1,4 +1,4 @@
-"""A ring of sampled sequences, to train on again.
+"""Sampled sequences, and a ring of them to train on again.
 
 Shape legend: B sequences, N tokens of all of them one after the other.
 """
@@ -22,6 +22,12 @@ class Sampled:
     @property
     def learned(self) -> int:
         return len(self.tokens) - self.prompt
+
+
+def prompt_of(tokens_T: Tensor, learn_T: Tensor) -> list[int]:
+    """The tokens before the first one to learn. Token 0 has no teacher and is always prompt."""
+    first = int(learn_T[1:].nonzero()[0, 0]) + 1
+    return tokens_T[:first].tolist()
 
 
 class Ring:

@@ -40,10 +40,11 @@ from train.losses import RowLoss
 from train.metrics import drafted_ranks
 from train.mix import Mix
 from train.module import DraftModule
-from train.onpolicy import OnPolicy, check_family
+from train.onpolicy import OnPolicy
 from train.record import facts, point_latest, write_config, write_json
 from train.resume import ResumePoint, find_checkpoint, read_config
 from train.teacher import Teacher
+from train.writer import check_family
 
 SUPPLIED = RUNTIME_NAMES | {
     "accuracy_KR",

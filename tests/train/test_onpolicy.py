@@ -19,10 +19,11 @@ from tests.train.toy_lm import ToyLm, chi_square_z
 from train.data import Batch, TrainData
 from train.losses import ForwardKL
 from train.module import DraftModule
-from train.onpolicy import OnPolicy, check_family, collate, prompt_of
-from train.ring import Ring, Sampled
+from train.onpolicy import OnPolicy, collate
+from train.ring import Ring, Sampled, prompt_of
 from train.schedule import warmup_cosine
 from train.trainer import make_trainer
+from train.writer import check_family
 
 
 def plan(count: int = 24, *, source: Target | None = None, **settings: Any) -> TrainData:
@@ -92,7 +93,7 @@ def test_prompt_of_a_sequence_that_is_learned_from_the_start() -> None:
 def test_samples_follow_the_drafter(target: Target) -> None:
     """Chi-square over two sampled tokens, 3,000 draws each, from a draft vocabulary of 12."""
     drafter, prompt, draws = ToyLm(target=target, layers=2, vocab=12, dropout=0.5), [7, 20], 3000
-    made = policy(target)._sample(
+    made = policy(target).writer.write(
         [
             Request(id=str(i), tokens=prompt, max_new_tokens=2, temperature=1.0, seed=i)
             for i in range(draws)
@@ -147,6 +148,44 @@ def test_dropout_is_off_and_modes_and_random_state_are_left(target: Target) -> N
     assert torch.equal(torch.get_rng_state(), before)
     again = sampled(policy(target), data, drafter.eval(), 0)
     assert torch.equal(made.tokens_BT, again.tokens_BT)
+
+
+def test_a_reduced_vocabulary_that_is_no_prefix(target: Target) -> None:
+    """Columns of the draft head are not target ids: what is written are target ids."""
+    ids = torch.tensor([2, 9, 40, 77, 200, 299])
+    drafter = ToyLm(target=target, layers=2, vocab=6)
+    drafter.set_vocab(ids)
+    for mode in ("draft", "interleaved"):
+        onpolicy = policy(target, max_new_tokens=8, mode=mode, top_k=target.vocab_size)
+        batch = sampled(onpolicy, plan(), drafter, 0)
+        made = set(batch.tokens_BT[batch.learn_BT].tolist())
+        assert made <= set(ids.tolist())
+        assert len(made) > 3
+
+
+def test_weights_are_cast_once_and_come_back(target: Target) -> None:
+    """Under autocast sampling runs on bf16 weights; afterwards they are the same fp32 tensors."""
+    drafter, data = ToyLm(target=target, layers=2), plan()
+    before = [(p.data_ptr(), p.detach().clone()) for p in drafter.parameters()]
+    seen = set()
+    hook = drafter.own.register_forward_hook(
+        lambda m, i, o: seen.add((next(m.parameters()).dtype, o.dtype))
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        made = sampled(policy(target, temperature=0.0), data, drafter, 0)
+    hook.remove()
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
+    for (where, value), p in zip(before, drafter.parameters(), strict=True):
+        assert p.data_ptr() == where
+        assert torch.equal(p, value)
+        assert p.dtype == torch.float32
+    # The same text but for ties that rounding decides otherwise.
+    fp32 = sampled(policy(target, temperature=0.0), data, drafter, 0)
+    first = [(b.learn_BT.long().argmax(-1)) for b in (made, fp32)]
+    assert torch.equal(first[0], first[1])
+    rows = torch.arange(len(first[0]))
+    same = made.tokens_BT[rows, first[0]] == fp32.tokens_BT[rows, first[1]]
+    assert same.float().mean() > 0.7
 
 
 # --- which micro-batches -------------------------------------------------------------------------

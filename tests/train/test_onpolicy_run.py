@@ -1,4 +1,4 @@
-"""On-policy training as a command: resumed to the bit, refused early, reported in the run folder."""
+"""On-policy training as a command: resumed to the bit, refused early, reported."""
 
 import csv
 import json
