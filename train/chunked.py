@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, distributed
 
 from models.drafter.base import Depth
+from train.gradients import Gradients
 from train.lesson import Lesson, TargetProjection, draft_labels, make_lesson, rows_of
 from train.losses import RowLoss, TargetRows
-from train.walk import Gradients, Piece, Taught, Walk, labels_on_top, rows_per_chunk
+from train.walk import Piece, Taught, Walk, labels_on_top, rows_per_chunk
 
 __all__ = [
     "Lesson",
     "LossSums",
     "TargetProjection",
+    "batch_statistics",
     "chunked_loss",
     "draft_labels",
     "make_lesson",
@@ -66,7 +68,7 @@ def chunked_loss(
         depths=depths, lesson=lesson, loss=loss, projection=projection, chunk_rows=chunk_rows
     )
     tensors = walk.trained() if torch.is_grad_enabled() else []
-    statistics_KS = _statistics(walk, all_ranks=all_ranks) if loss.num_statistics else None
+    statistics_KS = batch_statistics(walk, all_ranks=all_ranks) if loss.num_statistics else None
     weights_K = torch.tensor(
         [depth_decay**k for k in range(len(depths))], device=lesson.index_U.device
     )
@@ -90,8 +92,7 @@ def plain_loss(
     all_taught = [Taught.of(depth, lesson, loss) for depth in depths]
     losses, rights = [], []
     for taught in all_taught:
-        depth = taught.depth
-        logits_ND = depth.head(depth.states_BNd.flatten(0, 1)[taught.state_N])
+        logits_ND = taught.logits(every)
         own = None if target is None else target.take(taught.teacher_N)
         given: dict[str, Any] = {}
         if loss.needs_features:
@@ -117,17 +118,14 @@ def _counts(all_taught: Sequence[Taught]) -> Tensor:
 
 
 @torch.no_grad()
-def _statistics(walk: Walk, *, all_ranks: bool) -> Tensor:
+def batch_statistics(walk: Walk, *, all_ranks: bool) -> Tensor:
     """The sums `[K, S]` a loss asked for: one walk without gradients, then over the processes."""
     device = walk.lesson.index_U.device
     sums_KS = torch.zeros(len(walk.taught), walk.loss.num_statistics, device=device)
-    for pieces, start, stop in walk.chunks():
-        for piece in pieces:
-            piece.project(walk.cast, differentiate=False)
-        for piece, rows_n, target in walk.blocks(pieces, start, stop):
-            with torch.autocast(device.type, enabled=False):
-                rows = piece.taught.given(piece.leaf(rows_n), rows_n, walk.lesson, target)
-                sums_KS[piece.k] += walk.loss.statistics(rows)
+    for piece, rows_n, target in walk.look():
+        with torch.autocast(device.type, enabled=False):
+            rows = piece.taught.given(piece.leaf(rows_n), rows_n, walk.lesson, target)
+            sums_KS[piece.k] += walk.loss.statistics(rows)
     if all_ranks and distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(sums_KS)
     return sums_KS

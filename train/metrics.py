@@ -16,17 +16,18 @@ rows, D draft vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from data_prep.signal import SignalRows
 from models.drafter.base import Depth, Drafter, served_depth
-from train.chunked import Lesson, rows_of
-from train.losses import RowLoss, Rows
+from train.chunked import batch_statistics
+from train.lesson import Lesson
+from train.losses import RowLoss
 from train.teacher import Teacher
+from train.walk import Walk
 
 RANKS = 10
 UNLIMITED_CHAIN = 8
@@ -116,11 +117,18 @@ def tally_batch(
     signal: SignalRows | None = None,
 ) -> Tally:
     """Measure one batch, chunk by chunk. The drafter's head runs in fp32: bf16 logits have ties."""
-    tally = Tally.empty(len(depths), lesson.index_U.device)
+    device = lesson.index_U.device
+    tally = Tally.empty(len(depths), device)
+    depths = [replace(depth, states_BNd=depth.states_BNd.float()) for depth in depths]
+    with torch.autocast(device.type, enabled=False):
+        walk = Walk(
+            depths=depths, lesson=lesson, loss=loss, projection=teacher, chunk_rows=chunk_rows
+        )
+        # Of this process: validation batches need not be as many on every rank.
+        statistics_KS = batch_statistics(walk, all_ranks=False) if loss.num_statistics else None
     U = len(lesson.index_U)
-    agrees_KU = torch.zeros(len(depths), U, dtype=torch.bool, device=lesson.index_U.device)
+    agrees_KU = torch.zeros(len(depths), U, dtype=torch.bool, device=device)
     counts_KU = torch.zeros_like(agrees_KU)
-    rows_K = [rows_of(depth, lesson) for depth in depths]
     for start in range(0, U, chunk_rows):
         stop = min(start + chunk_rows, U)
         kept = None if signal is None else signal[start:stop]
@@ -130,18 +138,22 @@ def tally_batch(
             target = teacher.rows(final_nd, logz_n)
         else:
             best_n, target = kept.best_N, lesson.taught(teacher, start, stop)
-        for k, (depth, (state_N, teacher_N)) in enumerate(zip(depths, rows_K, strict=True)):
-            inside_N = (teacher_N >= start) & (teacher_N < stop)
-            at_n, taught_n = state_N[inside_N], teacher_N[inside_N] - start
-            label_n = lesson.label_U[start:stop][taught_n]
+        for k, taught in enumerate(walk.taught):
+            rows_n = slice(*walk.find(taught, [start, stop]))
+            taught_n = taught.teacher_N[rows_n] - start
             own = target.take(taught_n)
-            with torch.autocast(at_n.device.type, enabled=False):
-                logits_nD = depth.head(depth.states_BNd.flatten(0, 1)[at_n].float())
-                logq_nD = F.log_softmax(logits_nD.float(), dim=-1)
-                loss_n = loss(Rows(logq_nD, label_n, own))
-                if depth.weight_BN is not None:
-                    loss_n = loss_n * depth.weight_BN.flatten()[at_n]
-                tally.loss_K[k] += loss_n.sum()
+            with torch.autocast(device.type, enabled=False):
+                logits_nD = taught.logits(rows_n)
+                rows = taught.given(
+                    logits_nD,
+                    rows_n,
+                    lesson,
+                    own,
+                    feature_nd=taught.features(rows_n) if loss.needs_features else None,
+                    statistics_S=None if statistics_KS is None else statistics_KS[k],
+                )
+                logq_nD, label_n = rows.logq_ND, rows.label_N
+                tally.loss_K[k] += taught.weighted(loss(rows), rows_n).sum()
                 if kept is None:
                     tally.overlap_K[k] += torch.minimum(own.p_ND, own.view(logq_nD).exp()).sum()
                 else:
@@ -152,7 +164,7 @@ def tally_batch(
             hits_R = (top_nR == label_n[:, None]).sum(0)
             tally.rank_KR[k, : len(hits_R)] += hits_R
             drafted_n = top_nR[:, 0] if draft_ids_D is None else draft_ids_D[top_nR[:, 0]]
-            tally.count_K[k] += len(at_n)
+            tally.count_K[k] += len(taught_n)
             agrees_KU[k, taught_n + start] = drafted_n == best_n[taught_n]
             counts_KU[k, taught_n + start] = True
     tally.agree_K += agrees_KU.sum(-1)

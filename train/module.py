@@ -19,6 +19,7 @@ from train.losses import RowLoss
 from train.metrics import Tally, tally_batch
 from train.onpolicy import OnPolicy
 from train.teacher import Teacher
+from train.weighting import Situation, Weighting
 from train.writer import check_drafter
 
 
@@ -42,6 +43,7 @@ class DraftModule(LightningModule):
         chunk_rows: int | None = None,
         seed: int = 0,
         onpolicy: OnPolicy | None = None,
+        weighting: Weighting | None = None,
     ) -> None:
         super().__init__()
         self.drafter = drafter
@@ -49,10 +51,13 @@ class DraftModule(LightningModule):
         self.loss = loss
         self.depth_decay = depth_decay
         self.chunk_rows = chunk_rows or rows_per_chunk(
-            drafter.draft_vocab_size or drafter.vocab_size
+            drafter.draft_vocab_size or drafter.vocab_size, drafter.num_depths
         )
         self.seed = seed
         self.onpolicy = onpolicy
+        self.weighting = weighting
+        if weighting is not None:
+            weighting.check(drafter)
         if onpolicy is not None:
             check_drafter(drafter)
         self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
@@ -76,12 +81,18 @@ class DraftModule(LightningModule):
         )
         if batch.signal is not None:
             lesson = replace(lesson, target=self.teacher.stored(batch.signal))
-        return list(self.drafter.unroll(features, batch.tokens_BT)), lesson
+        depths = list(self.drafter.unroll(features, batch.tokens_BT))
+        if self.training and self.weighting is not None:
+            depths = self.weighting(
+                Situation(depths, lesson, self.teacher, self.chunk_rows, features, batch.tokens_BT)
+            )
+        return depths, lesson
 
     def _features(self, batch: Batch) -> tuple[Features, Tensor | None]:
         """What the target computed; nothing at all (width 0) where nobody asks for it: a drafter
         that reads tokens only, learning from tokens only (pretraining on text) or from a signal."""
-        asked = self.drafter.reads_features or self.loss.needs_target
+        asked = self.drafter.reads_features or self.loss.needs_target or self.loss.needs_features
+        asked = asked or (self.weighting is not None and self.weighting.needs_target)
         if batch.signal is not None or (self.training and not asked):
             return Features(torch.empty(*batch.tokens_BT.shape, 0, device=self.device)), None
         features, logz_BT = self.teacher.features(batch, self.drafter.feature_layers)

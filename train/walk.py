@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.drafter.base import Depth
+from train.gradients import Gradients
 from train.lesson import Lesson, TargetProjection, rows_of
 from train.losses import RowLoss, Rows, TargetRows
 
@@ -30,9 +31,6 @@ LIVE_LOGITS = 2**27
 
 BLOCK_LOGITS = {"cpu": 2**19, "cuda": 2**22}
 """fp32 logits of one block, about; the loss makes some ten tensors of this size."""
-
-TILE = 2**22
-"""Elements of a product that is added to a gradient of another dtype at a time."""
 
 
 def rows_per_chunk(vocab_size: int, depths: int = 1) -> int:
@@ -85,6 +83,10 @@ class Taught:
             statistics_S=statistics_S,
         )
 
+    def logits(self, rows_n: slice) -> Tensor:
+        """Draft logits of some rows, as the head itself makes them."""
+        return self.depth.head(self.depth.states_BNd.flatten(0, 1)[self.state_N[rows_n]])
+
     def features(self, rows_n: slice) -> Tensor:
         """The features predicted beside the states of some rows."""
         assert self.depth.feature_BNd is not None
@@ -105,37 +107,6 @@ def labels_on_top(rows: Rows) -> Tensor:
     return (best_N & (rows.label_N >= 0)).sum().float()
 
 
-class Gradients:
-    """The gradients a walk returns: of states, features, matrices and other head parameters.
-
-    Sums over chunks are made in place, in the dtype of the parameter.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.of = {id(t): torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in tensors}
-
-    def wants(self, tensor: Tensor | None) -> bool:
-        return tensor is not None and id(tensor) in self.of
-
-    def add_rows(self, tensor: Tensor, index_n: Tensor, grad_nd: Tensor) -> None:
-        """Add to rows of the flattened gradient (depths may share their states)."""
-        grad = self.of[id(tensor)]
-        grad.view(-1, grad.shape[-1]).index_add_(0, index_n, grad_nd.to(grad.dtype))
-
-    def add(self, tensor: Tensor, grad: Tensor) -> None:
-        self.of[id(tensor)].add_(grad)
-
-    def add_product(self, tensor: Tensor, dz_nD: Tensor, h_nd: Tensor) -> None:
-        """Add dz^T h to the gradient of a matrix `[D, d]` without a temporary of its size."""
-        grad_Dd = self.of[id(tensor)]
-        if grad_Dd.dtype == dz_nD.dtype:
-            grad_Dd.addmm_(dz_nD.T, h_nd)
-            return
-        step = max(1, TILE // h_nd.shape[-1])
-        for begin in range(0, len(grad_Dd), step):
-            grad_Dd[begin : begin + step] += dz_nD[:, begin : begin + step].T @ h_nd
-
-
 class Piece:
     """Some rows of one depth: projected at once, then differentiated at once."""
 
@@ -149,16 +120,20 @@ class Piece:
     def project(self, cast: dict[int, Tensor], *, differentiate: bool) -> None:
         """Logits, and a place for their gradient: over the logits where nothing else needs them."""
         h_nd = self.depth.states_BNd.detach().flatten(0, 1)[self.state_n]
+        device = h_nd.device.type
+        enabled = torch.is_autocast_enabled(device)
         if self.matrix is None:
             h_nd.requires_grad_(differentiate and self.depth.states_BNd.requires_grad)
-            with torch.set_grad_enabled(differentiate):
+            # Autocast must not keep weights that it has cast without gradients for the next walk.
+            autocast = torch.autocast(
+                device, dtype=torch.get_autocast_dtype(device), enabled=enabled, cache_enabled=False
+            )
+            with torch.set_grad_enabled(differentiate), autocast:
                 self.made_nD = self.depth.head(h_nd)
             self.logits_nD = self.made_nD.detach()
             self.dz_nD = torch.empty_like(self.logits_nD) if differentiate else self.logits_nD
         else:
-            device = h_nd.device.type
-            autocast = torch.is_autocast_enabled(device)
-            dtype = torch.get_autocast_dtype(device) if autocast else h_nd.dtype
+            dtype = torch.get_autocast_dtype(device) if enabled else h_nd.dtype
             h_nd = h_nd.to(dtype)
             for tensor in self.matrix:
                 if tensor is not None and id(tensor) not in cast:
@@ -254,7 +229,7 @@ class Walk:
             stop = min(start + self.chunk_rows, U)
             parts: list[list[Piece]] = []
             for k, taught in enumerate(self.taught):
-                first, last = self._find(taught, [start, stop])
+                first, last = self.find(taught, [start, stop])
                 for part, i in enumerate(range(first, last, self.chunk_rows)):
                     rows = slice(i, min(i + self.chunk_rows, last))
                     if part == len(parts):
@@ -272,7 +247,7 @@ class Walk:
         D = pieces[0].logits_nD.shape[-1]
         size = max(1, BLOCK_LOGITS.get(self.lesson.index_U.device.type, 2**22) // D)
         edges = [*range(start, stop, size), stop]
-        ends = [self._find(piece.taught, edges) for piece in pieces]
+        ends = [self.find(piece.taught, edges) for piece in pieces]
         for b in range(len(edges) - 1):
             target = None
             if logits is not None:
@@ -290,8 +265,16 @@ class Walk:
                         own = target.take(piece.taught.teacher_N[rows] - edges[b])
                     yield piece, rows, own
 
+    @torch.no_grad()
+    def look(self) -> Iterator[tuple[Piece, slice, TargetRows | None]]:
+        """All blocks, projected, without any gradient."""
+        for pieces, start, stop in self.chunks():
+            for piece in pieces:
+                piece.project(self.cast, differentiate=False)
+            yield from self.blocks(pieces, start, stop)
+
     @staticmethod
-    def _find(taught: Taught, positions: list[int]) -> list[int]:
+    def find(taught: Taught, positions: list[int]) -> list[int]:
         """The first row taught at or behind each of some teacher positions."""
         at = torch.tensor(positions, device=taught.teacher_N.device)
         return torch.searchsorted(taught.teacher_N, at).tolist()
