@@ -116,6 +116,34 @@ class OnlineConfig:
     update: Any = MISSING
 
 
+@dataclass
+class StudyConfig:
+    """`python -m scripts.study`"""
+
+    name: str = "study"
+    start: str = MISSING
+    experiment: str = MISSING
+    in_domain: Any = MISSING
+    out_of_domain: Any = MISSING
+    losses: list[str] = MISSING
+    data: dict[str, list[str]] = MISSING
+    overrides: list[str] = MISSING
+    seed: int = 0
+    jobs: int = 1
+    threads: int = 1
+    train: bool = True
+    out: str | None = None
+    heldout: str = MISSING
+    temperatures: list[float] = MISSING
+    gamma: int = 3
+    gammas: list[int] = MISSING
+    samples: int = 1
+    limit: int | None = None
+    max_new_tokens: int = 64
+    max_prompt_tokens: int | None = None
+    dtype: str | None = None
+
+
 def register() -> None:
     """Make the schemas known to Hydra as `train_schema`, `data_prep_schema`, ..."""
     store = ConfigStore.instance()
@@ -124,6 +152,7 @@ def register() -> None:
     store.store(name="decode_schema", node=DecodeConfig)
     store.store(name="export_schema", node=ExportConfig)
     store.store(name="online_schema", node=OnlineConfig)
+    store.store(name="study_schema", node=StudyConfig)
 
 
 register()
