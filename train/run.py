@@ -20,7 +20,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from conf.check import RUNTIME_NAMES, build, check
 from conf.console import console, say
@@ -78,7 +78,9 @@ def train(cfg: DictConfig, run_dir: Path) -> Path:
     start = None if cfg.start is None else start_folder(cfg.start)
     if start is not None:
         # `latest` may name another run by the time this one is resumed.
-        cfg.start = str(start.resolve())
+        merged = OmegaConf.merge(cfg, {"start": str(start.resolve())})
+        assert isinstance(merged, DictConfig)
+        cfg = merged
     target: Target = build(cfg.target)
     if cfg.resume is None and point.path is None:
         write_config(run_dir, cfg)
