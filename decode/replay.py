@@ -170,6 +170,12 @@ def replay(
 
 def check_gammas(drafter: Drafter, gammas: Sequence[int]) -> None:
     """Refuse chain lengths that this drafter or a recording cannot answer for."""
+    if getattr(drafter, "thresholds", None) is not None:
+        raise ValueError(
+            "This drafter drafts from the first exit that is sure enough (thresholds), while its "
+            "training view shows whole exits, so it cannot be replayed; measure it with the "
+            "decoder, or replay it with thresholds null."
+        )
     limit = min(LONGEST, drafter.max_depth or LONGEST)
     if not gammas or min(gammas) < 1 or max(gammas) > limit:
         raise ValueError(

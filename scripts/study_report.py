@@ -188,7 +188,7 @@ def heatmap(cells: list[Cell], panels: list[Panel], file: Path, *, gamma: int) -
         }
         before = taus[None, None]
         change = np.array([[taus.get((x, k), np.nan) - before for k in kinds] for x in losses])
-        reach = max(float(np.nanmax(np.abs(change))), 1e-3)
+        reach = max(float(np.nanmax(np.abs(change))), 0.05)  # pale where nothing changed
         axes.imshow(change, cmap=colors, norm=TwoSlopeNorm(0.0, -reach, reach), aspect="auto")
         for y, loss in enumerate(losses):
             for x, kind in enumerate(kinds):

@@ -28,6 +28,7 @@ from models.head import Head
 from models.head.frozen import FrozenHead
 from models.target import Features, Target
 from tests.decode.toy import PROMPTS
+from tests.models.drafter.test_causal_lm import small_lm
 from tests.tiny import tiny_target
 
 HEAD = {"_target_": "models.head.own.OwnHead"}
@@ -141,15 +142,19 @@ def trained(kind: str, target: Target, recording: Recording, vocab: int | None =
 def make(kind: str, target: Target, recording: Recording) -> Drafter:
     if kind == "twin":
         return twin(target)
+    if kind == "causal_lm":
+        return small_lm(target, num_layers=3, draft_vocab_size=200)
     return trained(kind.partition("-")[0], target, recording, 80 if "-" in kind else None)
 
 
-@pytest.mark.parametrize("kind", ["medusa", "hydra", "hydra++", "medusa-reduced", "twin"])
+@pytest.mark.parametrize(
+    "kind", ["medusa", "hydra", "hydra++", "medusa-reduced", "twin", "causal_lm"]
+)
 def test_greedy_replay_is_the_decoder(ending: Target, kind: str) -> None:
     """Rounds, tokens produced, and tests and acceptances by depth, prompt by prompt."""
     recording = record(ending, PROMPT_SET, bench="set", max_new_tokens=LENGTH)
     drafter = make(kind, ending, recording)
-    gammas = [1, 2, 3] if kind != "twin" else [1, 2, 3, 5, 8]
+    gammas = [1, 2, 3] if kind not in ("twin", "causal_lm") else [1, 2, 3, 5, 8]
     made = replay(target=ending, drafter=drafter, recording=recording, gammas=gammas)
     inner = 0
     for gamma in gammas:
@@ -243,7 +248,9 @@ def test_expected_counts_are_the_mean_of_coins() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "drafts_at"), [("hydra", None), ("twin", None), ("twin", 0.0)])
+@pytest.mark.parametrize(
+    ("kind", "drafts_at"), [("hydra", None), ("causal_lm", None), ("twin", 0.0)]
+)
 def test_sampled_replay_agrees_with_the_decoder(
     ending: Target, kind: str, drafts_at: float | None
 ) -> None:
@@ -383,6 +390,10 @@ def test_what_cannot_be_replayed_is_refused(ending: Target) -> None:
         replay(target=ending, drafter=drafter, recording=recording, gammas=[2, 4])
     with pytest.raises(ValueError, match=f"from 1 to {LONGEST}"):
         replay(target=ending, drafter=twin(ending), recording=recording, gammas=[LONGEST + 1])
+    sure = twin(ending)
+    sure.thresholds = [0.9]  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="first exit that is sure enough"):
+        replay(target=ending, drafter=sure, recording=recording, gammas=[1])
     with pytest.raises(ValueError, match="samples=2"):
         record(ending, PROMPT_SET[:1], bench="set", max_new_tokens=6, samples=2)
     with pytest.raises(ValueError, match="512 positions"):
