@@ -16,7 +16,7 @@ from data_prep.prompts import Prompt
 from data_prep.shards import ShardReader
 from decode.prompts import Bench
 from export.base import Exporter
-from export.card import model_card
+from export.card import in_words, model_card
 from export.check import check_export
 from export.hf import DrafterReader
 from export.parity import prove_equal
@@ -96,9 +96,7 @@ def export(cfg: DictConfig) -> Path:
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    say(f"{proof}.")
-    for name, value in figures.items():
-        say(f"{name.replace('_', ' ')}: {value:.3g}")
+    say(f"{proof}{in_words(figures)}.")
     if served is not None:
         say(f"{served.sentence()}.")
     say(f"Written: {out} for {exporter.engine}; its README.md says how to use it.")

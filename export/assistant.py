@@ -100,8 +100,11 @@ class AssistantExporter(Exporter):
         name = next(name for name, module in decoder.named_modules() if module is table)
         weights = {**drafter.inner.state_dict(), f"{name}.weight": embedding_Vd}
         decoder.load_state_dict(weights, strict=True)
+        lm_head = model.get_output_embeddings()
         if not tied:
-            model.get_output_embeddings().weight.data.copy_(head_Vd)
+            lm_head.weight.data.copy_(head_Vd)
+        if lm_head.bias is not None:  # some architectures have one; our heads do not
+            lm_head.bias.data.zero_()
         model.generation_config = self._knobs(drafter)
         model.save_pretrained(folder)
         drafter.target.tokenizer.save_pretrained(folder)
@@ -222,12 +225,12 @@ class PlainModel:
 
     @torch.inference_mode()
     def draft(self, features: Features, tokens_1T: Tensor) -> list[int]:
-        """Greedy, whole text read again at every token: no cache that could hide a fault."""
-        tokens_1T = tokens_1T.clone()
-        for _ in range(UNLIMITED):
-            logits_1V = self.model(input_ids=tokens_1T, use_cache=False).logits[:, -1]
-            tokens_1T = torch.cat([tokens_1T, logits_1V.argmax(-1)[None]], dim=1)
-        return tokens_1T[0, -UNLIMITED:].tolist()
+        """Greedy, with transformers' own loop and cache; no token ends a draft."""
+        knobs = GenerationConfig(do_sample=False, max_new_tokens=UNLIMITED, pad_token_id=0)
+        self.model.generation_config = knobs  # nothing but argmax
+        mask_1T = torch.ones_like(tokens_1T)
+        out_1T = self.model.generate(tokens_1T, attention_mask=mask_1T)
+        return out_1T[0, -UNLIMITED:].tolist()
 
 
 def _embedding(drafter: CausalLm) -> Tensor:

@@ -66,7 +66,7 @@ def model_card(
                 ("revision", f"`{facts['revision'] or 'not recorded'}`"),
             ]
         ),
-        f"Export proven: {proof}{_figures(figures or {})}.",
+        f"Export proven: {proof}{in_words(figures or {})}.",
         "## Numbers",
         _numbers(run.path),
         *([] if served is None else [f"Measured in the engine itself. {served.sentence()}."]),
@@ -93,7 +93,8 @@ def _front_matter(target: str, library: str) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
-def _figures(figures: dict[str, float]) -> str:
+def in_words(figures: dict[str, float]) -> str:
+    """Named figures behind a sentence that has no full stop yet."""
     return "".join(f"; {name.replace('_', ' ')} {x:.3g}" for name, x in figures.items())
 
 

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conf.check import schema
 from data_prep.prompts import Prompt
+from export.__main__ import export
 from export.assistant import AssistantExporter
 from export.check import check_export
 from export.hf import DrafterReader, HfExporter
@@ -22,6 +25,7 @@ from models.drafter.causal_lm import CausalLm
 from models.drafter.medusa import Medusa
 from models.lm_shape import plain_config
 from models.target import Target
+from tests.export.tiny_run import write_run
 from tests.tiny import tiny_target
 
 OWN = {"_target_": "models.head.own.OwnHead"}
@@ -269,6 +273,45 @@ def test_half_precision_is_written_and_compared_as_written(leaning: Target, tmp_
     exporter.write(drafter, tmp_path, texts=texts(leaning, 8, 60))
     tensors = load_file(tmp_path / "model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+
+
+def run_export(*overrides: str) -> Path:
+    assert schema  # registers the commands' root keys
+    with initialize_config_module("conf", version_base=None):
+        return export(compose("export", overrides=list(overrides)))
+
+
+def test_the_command_measures_and_records(
+    leaning: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leaning.model.save_pretrained(tmp_path / "target")  # type: ignore[operator]
+    leaning.tokenizer.save_pretrained(tmp_path / "target")
+    drafter = causal_lm(leaning, head=FROZEN, size=200)
+    node = {"_target_": "models.drafter.causal_lm.CausalLm", "num_layers": 4, "head": FROZEN}
+    run = tmp_path / "tiny"
+    target_dir = tmp_path / "target"
+    write_run(run, drafter=drafter, node=node, target=leaning, target_dir=target_dir, prompt=8)
+    common = (f"run={run}", "prove=2", "measure=3", "max_new_tokens=20")
+    with pytest.raises(ValueError, match="only exporter=assistant has"):
+        run_export(*common, "exporter=hf")
+    out = run_export(*common, "exporter=assistant", "exporter.gamma=3")
+    assert out == run / "export" / "assistant"
+    assert check_export(out) == "assistant"
+    record = json.loads((out / "parity.json").read_text())
+    served_there = record["served"]
+    assert served_there["bench"] == "heldout"
+    assert (served_there["prompts"], served_there["identical"]) == (3, 3)
+    assert served_there["engine_tau"] == served_there["reference_tau"] > 1.0
+    assert served_there["difference"] == 0.0
+    assert record["figures"]["largest_outside_mass"] < 1e-6
+    card = (out / "README.md").read_text()
+    sentence = f"{served_there['engine_tau']:.4f} tokens per step (bonus included)"
+    printed = " ".join(capsys.readouterr().err.split())
+    for text in (card, printed):
+        assert sentence in text
+        assert f"reference decoder {served_there['reference_tau']:.4f}, difference +0.00%" in text
+    assert "library_name: transformers" in card
+    assert '"num_speculative_tokens": 3' in card
 
 
 def test_what_it_cannot_serve_is_refused(target: Target, tmp_path: Path) -> None:

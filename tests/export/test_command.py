@@ -6,13 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from omegaconf import OmegaConf
 
-from data_prep.shards import Example, write_tokens
 from export.check import check_export
 from models.drafter.medusa import Medusa
 from models.target import Target
+from tests.export.tiny_run import write_run
 
 ROOT = Path(__file__).parents[2]
 HEAD = {"_target_": "models.head.own.OwnHead"}
@@ -26,38 +24,8 @@ def run(target: Target, target_dir: Path, tmp_path_factory: pytest.TempPathFacto
         hidden_size=target.hidden_size, vocab_size=target.vocab_size, num_heads=2, head=HEAD
     ).bind(target)
     drafter.init_from(target)
-    drafter.save_pretrained(folder / "drafter")
-
-    data = folder.parent / "data" / "words"
-    generator = torch.Generator().manual_seed(0)
-    tokens = [torch.randint(3, target.vocab_size, (20,), generator=generator) for _ in range(3)]
-    rows = [Example(f"x/{i}", t, torch.ones(20, dtype=torch.bool)) for i, t in enumerate(tokens)]
-    splits = {s: {"tokens": write_tokens(data / s, rows, 9), "features": []} for s in ("val",)}
-    for entry in splits["val"]["tokens"]:
-        assert (data / entry["file"]).is_file()
-    (data / "manifest.json").write_text(json.dumps({"splits": splits}))
-
-    config = {
-        "target": {
-            "_target_": "models.target.load_target",
-            "name": str(target_dir),
-            "dtype": "float32",
-        },
-        "drafter": {"_target_": "models.drafter.medusa.Medusa", "num_heads": 2, "head": HEAD},
-        "dataset": {"root": str(data.parent), "name": "words"},
-    }
-    (folder / ".hydra").mkdir()
-    OmegaConf.save(OmegaConf.create(config), folder / ".hydra" / "config.yaml")
-    facts = {
-        "command": ["python", "-m", "train"],
-        "revision": "abc123",
-        "dataset": {"hash": "d41d8cd9"},
-        "target": {
-            "fingerprint": target.fingerprint(),
-            "template_hash": target.template_hash(),
-        },
-    }
-    (folder / "run.json").write_text(json.dumps(facts))
+    node = {"_target_": "models.drafter.medusa.Medusa", "num_heads": 2, "head": HEAD}
+    write_run(folder, drafter=drafter, node=node, target=target, target_dir=target_dir)
     results = folder / "decode" / "words-chain2-T0" / "results.json"
     results.parent.mkdir(parents=True)
     results.write_text(
