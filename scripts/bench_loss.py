@@ -1,190 +1,285 @@
-"""Speed and peak memory of the loss over a full vocabulary, chunked and not.
+"""Time and memory of the loss over a vocabulary, from states to gradients: chunked and plain.
 
-python -m scripts.bench_loss                        three sizes, a table, bench_loss.json
-python -m scripts.bench_loss --positions 512 4096   other sizes
-python -m scripts.bench_loss --device cuda          on an accelerator: its own peak memory
+python -m scripts.bench_loss                                  a short table
+python -m scripts.bench_loss --sizes 576x49152x1024           hidden x vocabulary x positions
+python -m scripts.bench_loss --losses jsd lk_lambda --heads frozen
+python -m scripts.bench_loss --device cuda --sizes 4096x151936x8192
+python -m scripts.bench_loss --plot docs/images/loss_scaling.png      both axes, for a figure
+python -m scripts.bench_loss --peer <python with speculators 0.9>     its loss beside ours
 
-Heads (a vocabulary matrix each) learn from the target's distribution with the forward KL; one
-repetition is forward and backward of the loss down to the gradients of states and matrices. Each
-measurement runs in a process of its own, because the peak memory of a process never falls.
+What is measured: draft states, a draft head and the target's last hidden states and head go in; the
+loss and the gradients of states and (trained) head come out. One repetition is the forward and the
+backward pass. Counted as memory: the highest use while that runs, less what was there before
+(inputs: states, both matrices, labels) and less the returned gradients. On a CPU it is the resident
+set, whose mark the system resets before a measurement; on an accelerator the allocator's count.
+Every measurement runs in a process of its own.
 
-Shape legend: U positions, d hidden size, V vocabulary, K depths.
+Time is wall-clock and, beside it on a CPU, processor seconds, which other programs disturb less;
+the fastest of the repetitions counts.
+
+Shape legend: T positions, d hidden size, V vocabulary.
 """
 
 import argparse
+import ctypes
+import gc
+import itertools
 import json
+import os
 import platform
-import resource
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+import conf
+from conf.check import build
 from conf.console import console, say
 from models.drafter.base import Depth
+from models.head import Head
+from models.head.frozen import FrozenHead
 from models.head.own import OwnHead
-from models.target import has_fast_bf16
-from train.chunked import Lesson, chunked_loss, plain_loss, rows_per_chunk
-from train.losses import ForwardKL, TargetRows
+from train.chunked import chunked_loss, plain_loss
+from train.lesson import Lesson
+from train.losses import TargetLogits
+from train.walk import rows_per_chunk
 
-WAYS = ("chunked", "unchunked")
+WAYS = ("chunked", "plain")
+HEADS = ("frozen", "trained")
+PRECISIONS = {"bf16": torch.bfloat16, "bf16-mixed": torch.float32, "float32": torch.float32}
+"""Of states and a trained head; the target's matrix is bf16 unless all is float32."""
 
 
-class RandomTarget:
-    """log p = log softmax(W f) with a random W: as costly as a real target's head."""
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure."""
+
+    loss: str
+    head: str
+    way: str
+    hidden: int
+    vocab: int
+    positions: int
+    precision: str = "bf16"
+    device: str = "cpu"
+    repeats: int = 2
+
+
+class RandomTarget(FrozenHead):
+    """A target's head with random rows; projects as train.teacher.Teacher does."""
 
     def __init__(self, weight_Vd: Tensor) -> None:
-        self.weight_Vd = weight_Vd
+        super().__init__(hidden_size=weight_Vd.shape[1], vocab_size=weight_Vd.shape[0])
+        self._rows = [weight_Vd]
 
     @torch.no_grad()
-    def rows(self, final_nd: Tensor, logz_n: Tensor | None) -> TargetRows:
-        """log p over the whole vocabulary."""
-        assert logz_n is None
+    def rows(self, final_nd: Tensor, logz_n: Tensor | None) -> TargetLogits:
+        """The logits of the whole vocabulary."""
         with torch.autocast(final_nd.device.type, enabled=False):
-            return TargetRows(F.linear(final_nd, self.weight_Vd).float().log_softmax(-1))
+            return TargetLogits(F.linear(final_nd, self._rows[0]), logz_n)
 
 
-def measure(
-    *, way: str, positions: int, vocab: int, hidden: int, depths: int, chunk: int, repeats: int,
-    device: str,
-) -> dict[str, float]:  # fmt: skip
-    """Positions per second (all depths done) and memory in MB, of this process."""
+def prepare(case: Case) -> Callable[[], list[Tensor]]:
+    """The inputs, and what runs on them: returns the gradients."""
     torch.manual_seed(0)
-    where = torch.device(device)
-    bf16 = has_fast_bf16(where)
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    where = torch.device(case.device)
+    dtype = PRECISIONS[case.precision]
+    target_dtype = torch.float32 if case.precision == "float32" else torch.bfloat16
+    T, d, V = case.positions, case.hidden, case.vocab
+    target = RandomTarget(_matrix(V, d, target_dtype, where))
+    head: Head = target
+    if case.head == "trained":
+        with torch.device("meta"):
+            head = OwnHead(hidden_size=d, vocab_size=V)
+        head.linear.weight = torch.nn.Parameter(_matrix(V, d, dtype, where))
     # One more token than positions: the last one is a label only.
-    tokens_U = torch.randint(0, vocab, (positions,), device=where)
+    states_BTd = torch.randn(1, T + 1, d, dtype=dtype, device=where).requires_grad_()
     lesson = Lesson(
-        shape=(1, positions + 1),
-        index_U=torch.arange(positions, device=where),
-        label_U=tokens_U,
-        final_Ud=torch.randn(positions, hidden, dtype=dtype, device=where),
+        shape=(1, T + 1),
+        index_U=torch.arange(T, device=where),
+        label_U=torch.randint(0, V, (T,), device=where),
+        final_Ud=torch.randn(T, d, dtype=target_dtype, device=where),
         logz_U=None,
     )
-    target = RandomTarget(torch.randn(vocab, hidden, dtype=dtype, device=where) * 0.05)
-    heads = [OwnHead(hidden_size=hidden, vocab_size=vocab).to(where) for _ in range(depths)]
-    states = [
-        torch.randn(1, positions + 1, hidden, device=where, requires_grad=True) for _ in heads
-    ]
+    file = Path(conf.__file__).parent / "loss" / f"{case.loss}.yaml"
     common: dict[str, Any] = {
-        "lesson": lesson, "loss": ForwardKL(), "projection": target, "depth_decay": 1.0
-    }  # fmt: skip
+        "depths": [Depth(states_BTd, head, shift=0)],
+        "lesson": lesson,
+        "loss": build(OmegaConf.load(file)),
+        "projection": target,
+        "depth_decay": 1.0,
+    }
+    inputs = [states_BTd, *head.parameters()]
 
-    def once() -> None:
-        for tensor in [*states, *(p for head in heads for p in head.parameters())]:
-            tensor.grad = None
-        unrolled = [Depth(s, head, shift=0) for s, head in zip(states, heads, strict=True)]
-        with torch.autocast(where.type, torch.bfloat16, enabled=bf16):
-            if way == "chunked":
-                sums = chunked_loss(depths=unrolled, chunk_rows=chunk, **common)
+    def once() -> list[Tensor]:
+        with torch.autocast(where.type, torch.bfloat16, enabled=case.precision == "bf16-mixed"):
+            if case.way == "chunked":
+                sums = chunked_loss(chunk_rows=rows_per_chunk(V), **common)
             else:
-                sums = plain_loss(depths=unrolled, **common)
-        (sums.total / positions).backward()
-        if where.type == "cuda":
-            torch.cuda.synchronize()
+                sums = plain_loss(**common)
+        return list(torch.autograd.grad(sums.total / T, inputs))
 
-    before = _peak_mb(where)
-    once()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        once()
-    seconds = (time.perf_counter() - start) / repeats
-    peak = _peak_mb(where)
+    return once
+
+
+def _matrix(V: int, d: int, dtype: torch.dtype, where: torch.device) -> Tensor:
+    """Random rows made without an fp32 copy of the whole."""
+    weight_Vd = torch.empty(V, d, dtype=dtype, device=where)
+    for part in weight_Vd.split(8192):
+        part.copy_(torch.randn(part.shape, device=where).mul_(d**-0.5))
+    return weight_Vd
+
+
+def measure(case: Case) -> dict[str, float]:
+    """Seconds of one repetition, and MB beyond inputs and returned gradients."""
+    # Threads, code and buffers of the libraries are there before the inputs.
+    prepare(replace(case, vocab=512, positions=64))()
+    return measured(prepare(case), case.device, case.repeats)
+
+
+def measured(once: Callable[[], list[Tensor]], device: str, repeats: int) -> dict[str, float]:
+    """The fastest repetition, and the memory of the first beyond what it returns."""
+    gc.collect()
+    before = _reset_peak(device)
+    seconds, processor = [], []
+    peak = returned = 0.0
+    for i in range(repeats):
+        wall, own = time.perf_counter(), time.process_time()
+        gradients = once()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - wall)
+        processor.append(time.process_time() - own)
+        if i == 0:
+            peak = _peak(device)
+            returned = sum(g.numel() * g.element_size() for g in gradients) / 2**20
+        del gradients
     return {
-        "tokens_per_s": positions / seconds,
-        "peak_mb": peak,
-        "above_start_mb": peak - before,
+        "seconds": min(seconds),
+        "processor_seconds": min(processor),
+        "beyond_mb": peak - before - returned,
+        "returned_mb": returned,
     }
 
 
-def _peak_mb(device: torch.device) -> float:
-    """Peak memory so far: of the device, or the resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+def _reset_peak(device: str) -> float:
+    """Forget the highest use so far; MB in use now."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, so that using it again is seen
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(device: str) -> float:
+    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else _status("VmHWM")
+
+
+def _status(key: str) -> float:
+    """A number of /proc/self/status, in MB."""
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None, "memory is read from /proc, which needs Linux"
+    return int(found.group(1)) / 2**10
+
+
+# --- many measurements ----------------------------------------------------------------------------
+
+
+def in_new_process(command: list[str], case: Case) -> dict[str, Any]:
+    """Run one measurement and read its one line of JSON."""
+    line = [*command, "--one", json.dumps(asdict(case))]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        say(f"failed (status {done.returncode}; -9: memory ran out): {last}")
+        return {}
+    return asdict(case) | json.loads(done.stdout.splitlines()[-1])
+
+
+def _size(text: str) -> tuple[int, int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is no hidden x vocabulary x positions")
+    d, V, T = map(int, found.groups())
+    return d, V, T
 
 
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m scripts.bench_loss", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--positions", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--vocab", type=int, default=49152)
-    parser.add_argument("--hidden", type=int, default=576)
-    parser.add_argument("--depths", type=int, default=4)
-    parser.add_argument("--chunk", type=int, default=rows_per_chunk(49152))
+    sizes = [(576, 49152, 256), (576, 49152, 1024)]
+    parser.add_argument("--sizes", type=_size, nargs="+", default=sizes, metavar="dxVxT")
+    parser.add_argument("--losses", nargs="+", default=["forward_kl"], help="files of conf/loss")
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--plot", type=Path, help="draw the sizes as a PNG")
+    parser.add_argument("--peer", type=Path, help="python of an environment with speculators")
     parser.add_argument("--out", type=Path, default=Path("bench_loss.json"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser
 
 
 def main() -> None:
-    """Measure every size both ways, print a table, write JSON."""
+    """Measure every combination, print a table, write JSON and the plot."""
     args = _arguments().parse_args()
-    fixed = {
-        k: getattr(args, k) for k in ("vocab", "hidden", "depths", "chunk", "repeats", "device")
-    }
     if args.one is not None:
-        result = measure(way=args.one, positions=args.positions[0], **fixed)
-        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.write(json.dumps(measure(Case(**json.loads(args.one)))) + "\n")
         return
-    say(
-        f"{args.depths} heads of {args.vocab:,} x {args.hidden}, forward KL, chunks of "
-        f"{args.chunk} positions, {torch.get_num_threads()} threads on {args.device}."
-    )
+    ours = [sys.executable, "-m", "scripts.bench_loss"]
+    peer = [str(args.peer), str(Path(__file__).with_name("bench_peer.py"))]
     results = []
-    for positions in args.positions:
-        for way in WAYS:
-            say(f"measuring {positions} positions, {way} ...")
-            results.append(
-                {"positions": positions, "way": way} | _in_new_process(way, positions, fixed)
+    for size, loss, head in itertools.product(args.sizes, args.losses, args.heads):
+        for way in [*args.ways, *(["peer"] if args.peer else [])]:
+            hidden, vocab, positions = size
+            case = Case(
+                loss=loss,
+                head=head,
+                way=way,
+                hidden=hidden,
+                vocab=vocab,
+                positions=positions,
+                precision=args.precision,
+                device=args.device,
+                repeats=args.repeats,
             )
-    memory = "peak RSS" if args.device == "cpu" else "peak memory"
-    table = Table("positions", "loss", "tokens/s", memory, "above the start", title="make bench")
-    for r in results:
-        numbers = (
-            f"{r['tokens_per_s']:,.0f}",
-            f"{r['peak_mb']:,.0f} MB",
-            f"{r['above_start_mb']:,.0f} MB",
-        )
-        table.add_row(f"{r['positions']:,}", r["way"], *numbers)
-    console.print(table)
-    about = fixed | {"torch": torch.__version__, "machine": platform.machine()}
+            say(f"measuring {loss}, {head} head, {'x'.join(map(str, size))}, {way} ...")
+            results.append(in_new_process(peer if way == "peer" else ours, case))
+    results = [r for r in results if r]
+    console.print(_table(results))
+    about = {"torch": torch.__version__, "machine": platform.machine(), "cores": os.cpu_count()}
     about["threads"] = torch.get_num_threads()
     temporary = args.out.with_name(args.out.name + ".tmp")
     temporary.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
     temporary.replace(args.out)
     say(f"Written: {args.out}")
+    if args.plot is not None:
+        from scripts.loss_scaling import plot
+
+        plot(results, args.plot)
+        say(f"Written: {args.plot}")
 
 
-def _in_new_process(way: str, positions: int, fixed: dict[str, Any]) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.bench_loss",
-        "--one",
-        way,
-        "--positions",
-        str(positions),
-    ]
-    for name, value in fixed.items():
-        command += [f"--{name}", str(value)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(
-            f"{way} with {positions} positions failed (exit status {done.returncode}; -9 means "
-            f"that memory ran out): {done.stderr.strip()[-400:]}"
-        )
-    return json.loads(done.stdout.splitlines()[-1])
+def _table(results: list[dict[str, Any]]) -> Table:
+    table = Table("loss", "head", "d x V x T", "way", "s", "processor s", "MB beyond")
+    for r in results:
+        size = f"{r['hidden']} x {r['vocab']} x {r['positions']}"
+        numbers = f"{r['seconds']:.2f}", f"{r['processor_seconds']:.2f}", f"{r['beyond_mb']:,.0f}"
+        table.add_row(r["loss"], r["head"], size, r["way"], *numbers)
+    return table
 
 
 if __name__ == "__main__":
