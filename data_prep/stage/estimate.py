@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from conf.console import say
+from data_prep.conversation import stable_hash
 from data_prep.generate import Answer, Generator, Request
 from data_prep.progress import clock
 from data_prep.shards import Example
@@ -20,6 +21,7 @@ from models.target import Target
 PROBE_ROWS = 32
 PROBE_STEPS = 8
 PROBE_CAPTURE_TOKENS = 2048
+PROBE_SIGNAL_TOKENS = 8192
 BYTES_PER_TOKEN = 16
 """Token shards, journal and the prompts' text together, rounded up."""
 COMPARED: tuple[Signal, ...] = (TopK(k=16), TopK(k=64), Sampled(draws=50))
@@ -138,7 +140,7 @@ def estimate(
     seconds = 0.0
     generator = answer[0] if answer else Generator(target=target)
     batches = generator.batches([*requests, *write]) if requests or write else []
-    probe = list(examples[:: max(1, len(examples) // PROBE_ROWS)])
+    probe = sorted(examples, key=lambda e: stable_hash(e.id))  # of all sources alike
     if batches:
         speed = measure(generator, batches[len(batches) // 2])
         probe = speed.answered
@@ -185,12 +187,15 @@ def _whole(target: Target, capture: Capture | None, total: int) -> list[TeacherC
 def signal_costs(
     target: Target, signals: Sequence[Signal], probe: Sequence[Example], taught: int
 ) -> list[TeacherCost]:
-    """Bytes of signals from what they keep of a few examples, or else of the most they can keep."""
+    """Bytes of signals from what they keep of a few examples, or else of the most they can keep.
+
+    The error printed is one standard error, of examples: positions of one are alike.
+    """
     kept: list[list[SignalRows]] = [[] for _ in signals]
     tokens = 0
     for example in probe:
         tokens += len(example.tokens)
-        if tokens > PROBE_CAPTURE_TOKENS and kept[0]:
+        if tokens > PROBE_SIGNAL_TOKENS and kept[0]:
             break
         features = target.forward(example.tokens[None].to(target.device))
         final_nd = features.final_BTd[0, teaches(example.learn)]
@@ -201,10 +206,12 @@ def signal_costs(
         # Without examples, of a p that is the same everywhere: nothing is kept in fewer bytes.
         flat_NV = torch.zeros(1, target.vocab_size)
         joined = SignalRows.join(rows or [signal.take(flat_NV, torch.Generator())])
-        count = (joined.ids_NK >= 0).sum(-1).float().mean().item()
-        measured = f"measured on {len(joined):,}" if rows else "at most"
+        mean = float((joined.ids_NK >= 0).sum()) / max(1, len(joined))
+        off = [float((r.ids_NK >= 0).sum()) - mean * len(r) for r in rows]
+        error = sum(o * o for o in off) ** 0.5 / max(1, len(joined))
+        measured = f" +- {error:.1f} on {len(joined):,} of them" if rows else " at most"
         each = packed_bytes(joined, target.vocab_size)
-        remark = f"{count:.1f} ids a position ({measured})"
+        remark = f"{mean:.1f} ids a position{measured}"
         costs.append(TeacherCost(signal.name, each, each * taught, remark))
     return costs
 
