@@ -29,6 +29,7 @@ class TrainConfig:
     depth_decay: float = 1.0
     teacher: Any = MISSING
     onpolicy: Any = None
+    weighting: Any = None
     data: Any = MISSING
     optimizer: Any = MISSING
     scheduler: Any = MISSING
@@ -113,7 +114,7 @@ class OnlineConfig:
     z: float = 1.64
     background: bool = True
     frozen: bool = True
-    update: Any = MISSING
+    updates: Any = MISSING
 
 
 @dataclass

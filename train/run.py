@@ -165,6 +165,7 @@ def _assemble(
         depth_decay=cfg.depth_decay,
         seed=cfg.seed,
         onpolicy=onpolicy,
+        weighting=build(cfg.weighting, target=target),
         make_optimizer=lambda groups: build(cfg.optimizer, params=groups),
         make_scheduler=lambda optimizer: build(
             cfg.scheduler, optimizer=optimizer, total_steps=data.total_steps

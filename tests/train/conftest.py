@@ -19,6 +19,10 @@ class Recipe:
 
     def __init__(self, folder: Path, target_dir: Path) -> None:
         prompts = folder / "prompts.jsonl"
+        self.text = folder / "text.txt"
+        self.text.write_text(
+            "".join(f"the cat sat on mat {i} and the dog ran\n" for i in range(300))
+        )
         rng = random.Random(0)
         lines = [" ".join(rng.choices(WORDS, k=rng.randint(3, 9))) for _ in range(40)]
         prompts.write_text(
@@ -40,13 +44,15 @@ class Recipe:
             "final_decode.max_new_tokens=6",
         ]
 
-    def compose(self, *overrides: str) -> DictConfig:
+    def compose(self, *overrides: str, without: str | None = None) -> DictConfig:
+        """`without` leaves out our own overrides that begin like this."""
+        ours = [o for o in self.overrides if without is None or not o.startswith(without)]
         with initialize_config_module(config_module="conf", version_base=None):
-            return compose("train", overrides=[*self.overrides, *overrides])
+            return compose("train", overrides=[*ours, *overrides])
 
-    def run(self, run_dir: Path, *overrides: str) -> Path:
+    def run(self, run_dir: Path, *overrides: str, without: str | None = None) -> Path:
         """Train in this process."""
-        cfg = self.compose(*overrides)
+        cfg = self.compose(*overrides, without=without)
         OmegaConf.set_readonly(cfg, True)
         return train_run(cfg, run_dir)
 
