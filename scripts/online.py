@@ -32,9 +32,9 @@ from models.run import Run, open_run
 from models.target import Target
 from train.online import folder
 from train.online.acceptance import Serving
-from train.online.learner import Learner
+from train.online.learner import Learner, Updates
 from train.online.report import online_tau
-from train.online.stream import Asked, Stream
+from train.online.stream import Asked, Stream, check_window
 from train.teacher import Teacher
 
 
@@ -54,6 +54,8 @@ def online(cfg: DictConfig) -> Path:
             "resume=<folder>."
         )
     _check_frozen(cfg)
+    check_window(cfg.interval, cfg.window)
+    updates: Updates = build(cfg.updates)
     run = open_run(cfg.run)
     target = run.load_target(cfg.dtype)
     benches: list[Bench] = build(
@@ -71,7 +73,7 @@ def online(cfg: DictConfig) -> Path:
             "There is no prompt to serve, expected at least one, because the benchmarks hold none "
             "or all are longer than max_prompt_tokens; raise that or choose another bench."
         )
-    stream = _assemble(cfg, run, target, asked)
+    stream = _assemble(cfg, run, target, asked, updates)
     if out is None:
         names = "+".join(dict.fromkeys(bench.name for bench in benches))
         shape = _policy(cfg, run, cfg.seed).name
@@ -128,7 +130,9 @@ def _serving(cfg: DictConfig, policy: Chain | StaticTree) -> Serving:
     return Serving(policy.shape.depth, cfg.temperature, 0.0, cfg.top_p)
 
 
-def _assemble(cfg: DictConfig, run: Run, target: Target, asked: list[Asked]) -> Stream:
+def _assemble(
+    cfg: DictConfig, run: Run, target: Target, asked: list[Asked], updates: Updates
+) -> Stream:
     verifier: Verifier = build(cfg.verifier)
 
     def make_decoder(drafter: Drafter, seed: int) -> Decoder:
@@ -149,7 +153,7 @@ def _assemble(cfg: DictConfig, run: Run, target: Target, asked: list[Asked]) -> 
         teacher=Teacher(target=target),
         loss=build(cfg.loss),
         make_optimizer=lambda groups: build(cfg.optimizer, params=groups),
-        update=build(cfg.update),
+        updates=updates,
         z=cfg.z,
         seed=cfg.seed,
     )

@@ -35,8 +35,8 @@ from train.online.served import Served, Texts, only
 from train.teacher import Teacher
 
 
-class Update:
-    """How a job learns.
+class Updates:
+    """How the drafter is updated.
 
     Each of the `steps` optimizer steps sees `prompts` texts, a share `replay` of them older ones
     out of a ring of `ring`, the others new since the last job. Its rows are the refused drafts of
@@ -56,13 +56,13 @@ class Update:
     ) -> None:
         if steps < 1 or prompts < 1 or ring < 1:
             raise ValueError(
-                f"update.steps={steps}, update.prompts={prompts} and update.ring={ring} must be at "
-                "least 1 each: they count optimizer steps, texts of a step and texts that are kept."
+                f"updates.steps={steps}, updates.prompts={prompts} and updates.ring={ring} must be "
+                "at least 1 each: they count optimizer steps, texts of a step and texts kept."
             )
         if not 0.0 <= replay < 1.0:
             raise ValueError(
-                f"update.replay={replay} must lie between 0 and 1 (1 excluded): it is the share of "
-                "accepted drafts among the rows and of older texts, and errors have to be left."
+                f"updates.replay={replay} must lie between 0 and 1 (1 excluded): it is the share "
+                "of accepted drafts among the rows and of older texts, and errors have to be left."
             )
         self.steps = steps
         self.prompts = prompts
@@ -106,7 +106,7 @@ class Learner:
         teacher: Teacher,
         loss: RowLoss,
         make_optimizer: Callable[[list[dict[str, Any]]], Optimizer],
-        update: Update,
+        updates: Updates,
         z: float,
         seed: int,
     ) -> None:
@@ -115,7 +115,7 @@ class Learner:
         self.candidate = candidate.eval().requires_grad_(False)
         self.shadow = shadow
         self.loss = loss
-        self.update = update
+        self.updates = updates
         self.z = z
         self.seed = seed
         self._teacher = teacher
@@ -138,7 +138,7 @@ class Learner:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed * 1_000_003 + job)
             self.shadow.train()
-            for _ in range(self.update.steps):
+            for _ in range(self.updates.steps):
                 texts = self._pick_texts(new, older, draw)
                 chosen_M3 = self._pick_rows(texts, draw)
                 if len(chosen_M3):
@@ -152,8 +152,8 @@ class Learner:
         self, new: Sequence[Served], older: Sequence[Served], draw: torch.Generator
     ) -> list[Served]:
         """Different texts; where one kind has too few, the other fills up."""
-        count = min(self.update.prompts, len(new) + len(older))
-        wanted = min(len(older), round(count * self.update.replay))
+        count = min(self.updates.prompts, len(new) + len(older))
+        wanted = min(len(older), round(count * self.updates.replay))
         wanted = max(wanted, count - len(new))
         found = []
         for pool, size in ((new, count - wanted), (older, wanted)):
@@ -165,7 +165,7 @@ class Learner:
         """All refused drafts of these texts and a share of the accepted ones, as (text, u, k)."""
         error_M3 = _numbered([t.error_E2 for t in texts])
         accepted_A3 = _numbered([t.accepted_A2 for t in texts])
-        share = self.update.replay
+        share = self.updates.replay
         count = round(len(error_M3) * share / (1.0 - share))
         order_A = torch.randperm(len(accepted_A3), generator=draw)[:count]
         return torch.cat([error_M3, accepted_A3[order_A]])
@@ -192,14 +192,14 @@ class Learner:
             lesson=lesson,
             loss=self.loss,
             projection=self._teacher,
-            depth_decay=self.update.depth_decay,
+            depth_decay=self.updates.depth_decay,
             chunk_rows=self._chunk_rows,
         )
         loss = sums.total / len(chosen_M3)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if self.update.clip is not None:
-            nn.utils.clip_grad_norm_(shadow.parameters(), self.update.clip)
+        if self.updates.clip is not None:
+            nn.utils.clip_grad_norm_(shadow.parameters(), self.updates.clip)
         self.optimizer.step()
         return float(loss.detach())
 

@@ -90,12 +90,7 @@ class Stream:
         seed: int,
     ) -> None:
         """`make_decoder(drafter, seed)`; `frozen` is the first drafter, if it is to be compared."""
-        if not 1 <= interval <= window:
-            raise ValueError(
-                f"interval={interval} and window={window} were given, expected 1 <= interval <= "
-                "window, because an update is judged on the `window` newest prompts and those "
-                "served since it began are always among them; raise window."
-            )
+        check_window(interval, window)
         self.asked = asked
         self.learner = learner
         self.how = how
@@ -178,7 +173,7 @@ class Stream:
         if not new:
             return None
         self.recent = self.recent[count:]
-        self.ring = (self.ring + new)[-self.learner.update.ring :]
+        self.ring = (self.ring + new)[-self.learner.updates.ring :]
         number, threads = len(self.events), torch.get_num_threads()
 
         def job() -> Job:
@@ -228,6 +223,16 @@ class Stream:
         self.records = [_record(r) for r in state["records"]]
         self.events = [Event(**(e | {"learned": Learned(**e["learned"])})) for e in state["events"]]
         self.answers = state["answers"]
+
+
+def check_window(interval: int, window: int) -> None:
+    """Refuse a window that the prompts between two boundaries do not fit in."""
+    if not 1 <= interval <= window:
+        raise ValueError(
+            f"interval={interval} and window={window} were given, expected 1 <= interval <= "
+            "window, because an update is judged on the `window` newest prompts and those served "
+            "since it began are always among them; raise window."
+        )
 
 
 def _counted(made: Generation) -> Rounds:

@@ -13,7 +13,7 @@ from models.drafter.medusa import Medusa
 from models.target import Target
 from train.losses import ForwardKL
 from train.online.acceptance import Serving
-from train.online.learner import Learner, Update
+from train.online.learner import Learner, Updates
 from train.online.served import Listener, Served
 from train.teacher import Teacher
 
@@ -43,7 +43,7 @@ def medusa(target: Target, *, seed: int = 0, draft_vocab_size: int | None = None
     return drafter.eval()
 
 
-def learner(target: Target, *, lr: float = 5e-3, z: float = 1.64, **update: float) -> Learner:
+def learner(target: Target, *, lr: float = 5e-3, z: float = 1.64, **updates: float) -> Learner:
     return Learner(
         serving=medusa(target),
         shadow=medusa(target),
@@ -51,7 +51,7 @@ def learner(target: Target, *, lr: float = 5e-3, z: float = 1.64, **update: floa
         teacher=Teacher(target=target),
         loss=ForwardKL(),
         make_optimizer=lambda groups: torch.optim.AdamW(groups, lr=lr),
-        update=Update(**update),  # type: ignore[arg-type]
+        updates=Updates(**updates),  # type: ignore[arg-type]
         z=z,
         seed=0,
     )
