@@ -116,7 +116,8 @@ class Capture:
                         for part in self.parts
                     }
                     examples = [reader[i] for i in range(first, last)]
-                    self._shards(target, paths, examples, progress)
+                    finals = stored_finals(target, reader, range(first, last))
+                    self._shards(target, paths, examples, finals, progress)
                     for part, path in paths.items():
                         entries[split][part].append(
                             describe(path, folder) | {"rows": [first, last]}
@@ -138,9 +139,15 @@ class Capture:
         return [*ranges, (first, len(lengths))] if lengths else []
 
     def _shards(
-        self, target: Target, paths: dict[str, Path], examples: list[Example], progress: Progress
+        self,
+        target: Target,
+        paths: dict[str, Path],
+        examples: list[Example],
+        finals: list[Tensor] | None,
+        progress: Progress,
     ) -> None:
-        """The shards of one range of rows, in one pass of the target over it."""
+        """The shards of one range of rows, in one pass of the target over it (or of its vocabulary
+        head alone, where `finals` holds its states from feature shards)."""
         headers = {part: self._header(target, part, examples) for part in paths}
         size = sum(len(e.tokens) for e in examples)
         left = {part: path for part, path in paths.items() if shard_about(path) != headers[part]}
@@ -161,7 +168,11 @@ class Capture:
         signals: dict[int, SignalRows] = {}
         for rows in batches_by_length([len(e.tokens) for e in examples], self.batch_tokens):
             batch = [examples[i] for i in rows]
-            for i, computed in zip(rows, compute(target, batch, todo), strict=True):
+            if finals is None or todo.features:
+                made = compute(target, batch, todo)
+            else:
+                made = [project(target, examples[i], finals[i], todo) for i in rows]
+            for i, computed in zip(rows, made, strict=True):
                 for name, value in computed.features.items():
                     if name not in features:
                         features[name] = value.new_empty(size, *value.shape[1:])
@@ -237,6 +248,24 @@ def compute(target: Target, examples: Sequence[Example], capture: Capture) -> li
             signal = signal_of(target, final_nd, capture.signal, example.id)
         out.append(Computed({name: value.cpu() for name, value in stored.items()}, signal))
     return out
+
+
+@torch.inference_mode()
+def project(target: Target, example: Example, final_Td: Tensor, capture: Capture) -> Computed:
+    """The signal of one example whose final states are there already."""
+    assert capture.signal is not None
+    final_nd = final_Td.to(target.device)[teaches(example.learn)]
+    return Computed({}, signal_of(target, final_nd, capture.signal, example.id))
+
+
+def stored_finals(target: Target, reader: ShardReader, rows: range) -> list[Tensor] | None:
+    """The final states in the dataset's feature shards; None without any, or when they were rounded
+    to another dtype than the target computes in."""
+    about = reader.manifest.get("features")
+    if not about or getattr(torch, about["dtype"]) != target.dtype:
+        return None
+    found = [reader.features(i) for i in rows]
+    return [features.final_BTd[0] for features, _ in (f for f in found if f is not None)]
 
 
 def _logz(target: Target, final_Td: Tensor) -> Tensor:

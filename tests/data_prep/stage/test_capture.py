@@ -8,7 +8,7 @@ from data_prep.generate import Generator
 from data_prep.manifest import read_manifest
 from data_prep.signal import Sampled, TopK
 from data_prep.stage import capture as module
-from data_prep.stage.capture import Capture, batches_by_length
+from data_prep.stage.capture import Capture, batches_by_length, compute
 from tests.data_prep.common import dataset
 from tests.tiny import tiny_target
 
@@ -209,6 +209,30 @@ def test_features_and_a_signal_in_one_pass_of_the_target(target, tmp_path, monke
             assert other is not None
             assert torch.equal(one_of[0].final_BTd, other[0].final_BTd)
             same_rows(*(r.signal(i, "sampled9") for r in readers))
+
+
+def test_a_signal_takes_its_states_from_feature_shards(target, tmp_path, monkeypatch):
+    """Stored in the target's dtype they are what the target would compute; rounded, they are not
+    used."""
+    signal = TopK(k=7)
+    features = {"whole": "float32", "rounded": "bfloat16"}
+    for name, dtype in features.items():
+        dataset(tmp_path, name=name, capture=Capture(dtype=dtype)).prepare(target)
+    passes = []
+    monkeypatch.setattr(
+        "data_prep.stage.capture.compute", lambda *a: passes.append(1) or compute(*a)
+    )
+    monkeypatch.setattr("data_prep.pipeline.Dataset._announce", lambda *a: None)
+    made = {}
+    for name in features:
+        passes.clear()
+        job = dataset(tmp_path, name=name, capture=Capture(features=False, signal=signal))
+        made[name] = job.prepare(target).reader("train")
+        assert bool(passes) == (name == "rounded")
+    for i in range(len(made["whole"])):
+        one, other = (made[name].signal(i, "topk7") for name in features)
+        assert torch.equal(one.ids_NK[:, 0], other.ids_NK[:, 0])
+        torch.testing.assert_close(one.logp_NK, other.logp_NK, rtol=2**-10, atol=1e-4)
 
 
 def test_an_interrupted_signal_goes_on_with_the_same_draws(target, tmp_path, monkeypatch):
