@@ -14,6 +14,10 @@ backward pass. Counted as memory: the highest use while that runs, less what was
 set, whose mark the system resets before a measurement; on an accelerator the allocator's count.
 Every measurement runs in a process of its own.
 
+The peer's eager losses (its fused ones need an accelerator) take the logits of draft and target as
+given. Beside the row that counts as ours, projections included, its own count is printed: from
+given logits to the gradient of the draft's, that gradient included.
+
 Time is wall-clock and, beside it on a CPU, processor seconds, which other programs disturb less;
 the fastest of the repetitions counts.
 
@@ -21,8 +25,6 @@ Shape legend: T positions, d hidden size, V vocabulary.
 """
 
 import argparse
-import ctypes
-import gc
 import itertools
 import json
 import os
@@ -30,7 +32,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -49,6 +50,7 @@ from models.drafter.base import Depth
 from models.head import Head
 from models.head.frozen import FrozenHead
 from models.head.own import OwnHead
+from scripts.peak import measured
 from train.chunked import chunked_loss, plain_loss
 from train.lesson import Lesson
 from train.losses import TargetLogits
@@ -147,59 +149,14 @@ def measure(case: Case) -> dict[str, float]:
     return measured(prepare(case), case.device, case.repeats)
 
 
-def measured(once: Callable[[], list[Tensor]], device: str, repeats: int) -> dict[str, float]:
-    """The fastest repetition, and the memory of the first beyond what it returns."""
-    gc.collect()
-    before = _reset_peak(device)
-    seconds, processor = [], []
-    peak = returned = 0.0
-    for i in range(repeats):
-        wall, own = time.perf_counter(), time.process_time()
-        gradients = once()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - wall)
-        processor.append(time.process_time() - own)
-        if i == 0:
-            peak = _peak(device)
-            returned = sum(g.numel() * g.element_size() for g in gradients) / 2**20
-        del gradients
-    return {
-        "seconds": min(seconds),
-        "processor_seconds": min(processor),
-        "beyond_mb": peak - before - returned,
-        "returned_mb": returned,
-    }
-
-
-def _reset_peak(device: str) -> float:
-    """Forget the highest use so far; MB in use now."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, so that using it again is seen
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak(device: str) -> float:
-    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else _status("VmHWM")
-
-
-def _status(key: str) -> float:
-    """A number of /proc/self/status, in MB."""
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None, "memory is read from /proc, which needs Linux"
-    return int(found.group(1)) / 2**10
-
-
 # --- many measurements ----------------------------------------------------------------------------
 
 
 def in_new_process(command: list[str], case: Case) -> dict[str, Any]:
     """Run one measurement and read its one line of JSON."""
     line = [*command, "--one", json.dumps(asdict(case))]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    root = Path(__file__).parents[1]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=root)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         say(f"failed (status {done.returncode}; -9: memory ran out): {last}")
@@ -240,7 +197,7 @@ def main() -> None:
         sys.stdout.write(json.dumps(measure(Case(**json.loads(args.one)))) + "\n")
         return
     ours = [sys.executable, "-m", "scripts.bench_loss"]
-    peer = [str(args.peer), str(Path(__file__).with_name("bench_peer.py"))]
+    peer = [str(args.peer), "-m", "scripts.bench_peer"]
     results = []
     for size, loss, head in itertools.product(args.sizes, args.losses, args.heads):
         for way in [*args.ways, *(["peer"] if args.peer else [])]:
@@ -279,6 +236,9 @@ def _table(results: list[dict[str, Any]]) -> Table:
         size = f"{r['hidden']} x {r['vocab']} x {r['positions']}"
         numbers = f"{r['seconds']:.2f}", f"{r['processor_seconds']:.2f}", f"{r['beyond_mb']:,.0f}"
         table.add_row(r["loss"], r["head"], size, r["way"], *numbers)
+        if "region_mb" in r:
+            note = f"{r['region_seconds']:.2f}", "", f"{r['region_mb']:,.0f}"
+            table.add_row("", "", "", f"{r['way']}, its count", *note)
     return table
 
 
