@@ -27,11 +27,11 @@ Shape legend: T positions, d hidden size, V vocabulary.
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -152,14 +152,32 @@ def measure(case: Case) -> dict[str, float]:
 # --- many measurements ----------------------------------------------------------------------------
 
 
-def in_new_process(command: list[str], case: Case) -> dict[str, Any]:
-    """Run one measurement and read its one line of JSON."""
-    line = [*command, "--one", json.dumps(asdict(case))]
+def in_new_process(case: Case) -> dict[str, Any]:
+    """One measurement in a fork: what is imported is there, and nothing has run yet."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: there.send(measure(case)))
+    child.start()
+    there.close()
+    try:
+        found = here.recv()
+    except EOFError:  # it ended without an answer
+        found = {}
+    child.join()
+    if not found:
+        say(f"failed (exit code {child.exitcode}; -9: memory ran out)")
+        return {}
+    return asdict(case) | found
+
+
+def by_peer(python: Path, case: Case) -> dict[str, Any]:
+    """The same case by the other library, in its own environment."""
+    line = [str(python), "-m", "scripts.bench_peer", "--one", json.dumps(asdict(case))]
     root = Path(__file__).parents[1]
     done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=root)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        say(f"failed (status {done.returncode}; -9: memory ran out): {last}")
+        say(f"failed (exit code {done.returncode}; -9: memory ran out): {last}")
         return {}
     return asdict(case) | json.loads(done.stdout.splitlines()[-1])
 
@@ -186,18 +204,12 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--plot", type=Path, help="draw the sizes as a PNG")
     parser.add_argument("--peer", type=Path, help="python of an environment with speculators")
     parser.add_argument("--out", type=Path, default=Path("bench_loss.json"))
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser
 
 
 def main() -> None:
     """Measure every combination, print a table, write JSON and the plot."""
     args = _arguments().parse_args()
-    if args.one is not None:
-        sys.stdout.write(json.dumps(measure(Case(**json.loads(args.one)))) + "\n")
-        return
-    ours = [sys.executable, "-m", "scripts.bench_loss"]
-    peer = [str(args.peer), "-m", "scripts.bench_peer"]
     results = []
     for size, loss, head in itertools.product(args.sizes, args.losses, args.heads):
         for way in [*args.ways, *(["peer"] if args.peer else [])]:
@@ -214,7 +226,7 @@ def main() -> None:
                 repeats=args.repeats,
             )
             say(f"measuring {loss}, {head} head, {'x'.join(map(str, size))}, {way} ...")
-            results.append(in_new_process(peer if way == "peer" else ours, case))
+            results.append(by_peer(args.peer, case) if way == "peer" else in_new_process(case))
     results = [r for r in results if r]
     console.print(_table(results))
     about = {"torch": torch.__version__, "machine": platform.machine(), "cores": os.cpu_count()}
