@@ -23,6 +23,8 @@ from export.parity import prove_equal
 from models.run import Run, open_run
 from models.target import Target
 
+SUPPLIED = RUNTIME_NAMES | {"dataset_folder"}
+"""Arguments that this command fills in, so that a config need not."""
 LOOK = 128
 """Validation texts that a format may look at before it is written."""
 MAX_PROMPT_TOKENS = 1024
@@ -31,7 +33,7 @@ MAX_PROMPT_TOKENS = 1024
 
 def export(cfg: DictConfig) -> Path:
     """Write, validate and prove one export; only then does it get its name."""
-    check(cfg, runtime=RUNTIME_NAMES | {"dataset_folder"})
+    check(cfg, runtime=SUPPLIED)
     if cfg.check is not None:
         folder = Path(cfg.check)
         say(f"{folder}: a whole export in the '{check_export(folder)}' format.")

@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 import decode.__main__
+import export.__main__
 import train.run
 from conf.check import RUNTIME_NAMES, check
 from models.drafter.base import Drafter
@@ -20,7 +21,11 @@ from models.head import Head
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("conf", "models", "data_prep", "decode", "train", "export")
-SUPPLIED = {"train": train.run.SUPPLIED, "decode": decode.__main__.SUPPLIED}
+SUPPLIED = {
+    "train": train.run.SUPPLIED,
+    "decode": decode.__main__.SUPPLIED,
+    "export": export.__main__.SUPPLIED,
+}
 SHARED = {"__init__", "base", "blocks", "load"}
 """Files under models/drafter and models/head that are no family of their own."""
 

@@ -10,13 +10,14 @@ from models.lm_weights import target_weights
 from models.pruning import Scores, activation_scores, block_importance, cut
 from models.target import Target
 from tests.models.drafter.test_causal_lm import OWN, TINY, small_lm
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_target, tiny_tokenizer
 
 TEXTS = list(torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_seed(2)))
 
 
-def test_importance_is_one_minus_the_cosine(target: Target) -> None:
+def test_importance_is_one_minus_the_cosine() -> None:
     """Against the residual stream itself; a layer that adds nothing has importance 0."""
+    target = tiny_target()  # its weights are changed here
     layer = target.model.get_decoder().layers[1]
     layer.self_attn.o_proj.weight.data.zero_()
     layer.mlp.down_proj.weight.data.zero_()
@@ -76,8 +77,9 @@ def wide(target: Target, **settings: int) -> CausalLm:
     )  # fmt: skip
 
 
-def test_channels_that_carry_nothing_can_be_cut(target: Target) -> None:
+def test_channels_that_carry_nothing_can_be_cut() -> None:
     """Dead FFN channels and dead heads: the narrower model is the same function."""
+    target = tiny_target()  # its weights are changed here
     for layer in target.model.get_decoder().layers:
         layer.mlp.up_proj.weight.data[5:29] = 0.0
         # Heads 2 and 3 share the second key-value head.
