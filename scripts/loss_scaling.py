@@ -37,7 +37,11 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
             axes = grid[row][column]
             _lines(axes, chosen, axis, value)
             fixed_name = AXES[other]
-            style(axes, f"{title} over {name}", f"{note} · {fixed_name} {fixed:,}")
+            style(
+                axes,
+                f"{title} over {name}",
+                f"{note} · {fixed_name} {fixed:,}, d = {chosen[0]['hidden']}",
+            )
             axes.set_xlabel(name, color=QUIET)
             axes.set_ylim(bottom=0)
     grid[0][0].legend(frameon=False, fontsize=9.5, loc="upper left")
@@ -55,7 +59,7 @@ def _lines(axes: Axes, results: list[dict[str, Any]], axis: str, value: str) -> 
                 x, y = zip(*points, strict=True)
                 axes.plot(x, y, "o", linestyle=dashes, color=colour, label=f"{way}, {head} head")
     ticks = sorted({r[axis] for r in results})
-    axes.set_xticks(ticks, [f"{t:,}" for t in ticks], rotation=20)
+    axes.set_xticks(ticks, [f"{t:,}" for t in ticks], rotation=35, ha="right")
     axes.grid(axis="y", color=LINE, linewidth=0.8)
 
 

@@ -58,6 +58,7 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
         {
             "head": head,
             "way": way,
+            "hidden": 64,
             "vocab": vocab,
             "positions": positions,
             "beyond_mb": vocab * positions / 1e3,
