@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data_prep.shards import Example
+from data_prep.signal import SignalRows
 from models.drafter.base import Drafter
 from models.drafter.hydra_heads import HydraHeads
 from models.drafter.medusa import Medusa
@@ -36,6 +37,9 @@ class ToyReader:
     def __getitem__(self, index: int, /) -> Example:
         self.calls.append(index)
         return self.examples[index]
+
+    def signal(self, index: int, name: str, /) -> SignalRows:
+        raise AssertionError("no signal is stored")
 
     def features(self, index: int, layers: Any = (), /) -> tuple[Features, Tensor] | None:
         if self.target is None:

@@ -215,7 +215,7 @@ def test_a_signal_takes_its_states_from_feature_shards(target, tmp_path, monkeyp
     """Stored in the target's dtype they are what the target would compute; rounded, they are not
     used."""
     signal = TopK(k=7)
-    features = {"whole": "float32", "rounded": "bfloat16"}
+    features: dict[str, Any] = {"whole": "float32", "rounded": "bfloat16"}
     for name, dtype in features.items():
         dataset(tmp_path, name=name, capture=Capture(dtype=dtype)).prepare(target)
     passes = []
