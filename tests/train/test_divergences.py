@@ -3,14 +3,20 @@
 Shape legend: N rows, C columns.
 """
 
+import inspect
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+import conf
+import train.losses
+from conf.check import build, check
 from train.losses import (
     JSD,
     TVD,
@@ -33,6 +39,7 @@ from train.losses import (
 )
 
 N, C = 6, 11
+LOSS_FILES = Path(conf.__file__).parent / "loss"
 Gradient = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -449,6 +456,22 @@ def test_counts_of_draws_teach_what_p_teaches() -> None:
     expected = logits.detach().softmax(-1) - p
     error = each.std(0) / copies**0.5
     assert ((each.mean(0) - expected).abs() < 4 * error + 1e-12).all()
+
+
+@pytest.mark.parametrize("file", sorted(LOSS_FILES.glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_file_of_conf_loss_is_a_loss(file: Path) -> None:
+    """Keys and types are those of the signature, and every argument is there with its default."""
+    node = OmegaConf.load(file)
+    assert isinstance(node, DictConfig)
+    check(OmegaConf.create({"x": node}))
+    assert isinstance(build(node), RowLoss)
+    function = getattr(train.losses, str(node._target_).removeprefix("train.losses."))
+    defaults = {
+        name: p.default
+        for name, p in inspect.signature(function).parameters.items()
+        if p.default is not inspect.Parameter.empty
+    }
+    assert {name: node.get(name) for name in defaults} == defaults
 
 
 @pytest.mark.parametrize(
