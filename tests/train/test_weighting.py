@@ -15,8 +15,10 @@ from models.head.own import OwnHead
 from models.target import Features, Target
 from tests.train import toy
 from train.chunked import chunked_loss
+from train.data import Batch
 from train.lesson import make_lesson, rows_of
 from train.losses import ForwardKL
+from train.module import DraftModule
 from train.weighting import AdaSpec, DPace, Situation, ValidPrefix, Weighting
 
 T = 7
@@ -227,3 +229,28 @@ def test_one_draft_a_position_is_no_block(target: Target, weighting: Weighting) 
     drafter.__class__ = OneDepth
     with pytest.raises(ValueError, match="one draft a position"):
         weighting.check(drafter)
+
+
+# --- in a run -------------------------------------------------------------------------------------
+
+
+def test_training_is_weighed_and_validation_is_not(target: Target) -> None:
+    drafter = toy.medusa(target)
+    module = DraftModule(
+        drafter=drafter,
+        teacher=toy.teacher(target, drafter),
+        loss=ForwardKL(),
+        make_optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1),
+        make_scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o),
+        weighting=DPace(),
+    )
+    tokens_BT = torch.randint(0, 300, (2, 15))
+    batch = Batch(
+        tokens_BT=tokens_BT,
+        learn_BT=torch.ones(2, 15, dtype=torch.bool),
+        normalizer=30,
+        learned=30,
+        features=target.forward(tokens_BT),
+    )
+    assert all(d.weight_BN is not None for d in module.train().prepare(batch)[0])
+    assert all(d.weight_BN is None for d in module.eval().prepare(batch)[0])
