@@ -6,6 +6,7 @@ be asked afterwards. Given y, the draft of depth k at answer token j had been ac
     a_k(j) = min(1, q(y_j) / p(y_j)),   p and q after y_0..y_{j-1}, at the serving temperature
 
 (at temperature 0: 1 where the drafter's argmax is y_j, else 0). decode/rounds.py has the reasons.
+In bf16 a forward over the whole text may break near-ties of logits otherwise than the decoder's.
 
 Two drafters are compared by the accepted drafts of a chain of K drafts begun at every answer token,
 
