@@ -58,7 +58,7 @@ def acceptance(
     for batch, tokens_BT in padded_batches([a.text for a in answers]):
         tokens_BT = tokens_BT.to(target.device)
         features = _features(target, drafter, tokens_BT)
-        views = list(drafter.unroll(features, tokens_BT))
+        views = list(drafter.unroll_to(features, tokens_BT, depths))
         recurrent = _check_views(views, depths)
         for k in range(depths):
             view = views[-1] if recurrent else views[k]

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from decode.chance import SeededChance
-from models.drafter.base import Children, Drafter, Frontier
+from models.drafter.base import Children, Drafter, Frontier, Policy
 from models.sampling import probabilities
 
 
-class Chain:
+class Chain(Policy):
     """gamma drafts in a row.
 
     At temperature 0 each is the drafter's argmax. Otherwise each is drawn from q at the serving

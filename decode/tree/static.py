@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from models.drafter.base import Children, Drafter, Frontier
+from models.drafter.base import Children, Drafter, Frontier, Policy
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def best_tree(accuracy_KR: Sequence[Sequence[float]], nodes: int) -> TreeShape:
     return TreeShape(tuple(paths))
 
 
-class StaticTree:
+class StaticTree(Policy):
     """Drafts of one fixed shape: each node gets the drafter's best tokens by rank.
 
     Deterministic, so it is verified with q one-hot at every temperature. The shape comes from the

@@ -26,7 +26,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -35,6 +35,9 @@ from torch import Tensor, nn
 
 from models.head import Head
 from models.target import Features, Target
+from models.tree import Children, Frontier, Policy, Tree
+
+__all__ = ["Children", "Depth", "Drafter", "Frontier", "Policy", "Tree", "served_depth"]
 
 
 @dataclass(frozen=True)
@@ -65,61 +68,6 @@ def served_depth(depths: Sequence[Depth], k: int) -> int:
     """
     last = len(depths) - 1
     return last if depths[last].shift == 0 else min(k, last)
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """The nodes of one depth of a draft tree, about to be extended.
-
-    `tokens_N` are target-vocabulary ids. `parents_N` indexes the previous frontier; at depth 0 the
-    only node is the root x_{t+1} and its parent is 0.
-    """
-
-    tokens_N: Tensor
-    parents_N: Tensor
-
-
-@dataclass(frozen=True)
-class Tree:
-    """Drafted tokens. Node 0 is the root x_{t+1}; every node comes after its parent.
-
-    `parents_N[0]` is -1. `draws_N` is the probability each token was drawn with (1 for a
-    deterministic choice such as top-k). `q_NV` is kept only when tokens were sampled: row i is the
-    full draft distribution (target vocabulary) that node i was sampled from; row 0 is unused.
-    """
-
-    tokens_N: Tensor
-    parents_N: Tensor
-    depths_N: Tensor
-    draws_N: Tensor
-    q_NV: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.tokens_N.shape[0]
-
-
-class Policy(Protocol):
-    """How a tree is grown: which children each node of a frontier gets (see decode/tree)."""
-
-    def grow(
-        self, depth: int, frontier: Frontier, logits_ND: Tensor, drafter: "Drafter"
-    ) -> "Children | None":
-        """Choose children of the frontier's nodes, or None to stop drafting here."""
-        ...
-
-
-@dataclass(frozen=True)
-class Children:
-    """Chosen children: `tokens` in target ids, `parents` in the frontier, and how they were drawn.
-
-    `expand_M` marks the children that will themselves be extended (the next frontier).
-    """
-
-    tokens_M: Tensor
-    parents_M: Tensor
-    draws_M: Tensor
-    expand_M: Tensor
-    q_MV: Tensor | None = None
 
 
 class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
@@ -189,6 +137,14 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
 
         Sequences are right-padded, so causal layers need no padding mask.
         """
+
+    def unroll_to(self, features: Features, tokens_BT: Tensor, depths: int) -> Iterator[Depth]:
+        """`unroll`, carried on to `depths` depths by families that draft deeper than they train.
+
+        For measuring and tests. Others yield what they have, whose last may serve all later depths
+        (see `served_depth`).
+        """
+        return self.unroll(features, tokens_BT)
 
     @abstractmethod
     def extend(self, state: Any, features: Features, tokens_1N: Tensor) -> Any:
@@ -304,11 +260,13 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
         depths = [torch.zeros(1, dtype=torch.long, device=device)]
         draws = [torch.ones(1, device=device)]
         q_rows: list[Tensor] = []
+        replacement, stepped = True, []
         nodes_N = torch.zeros(1, dtype=torch.long, device=device)  # node index of each frontier row
         frontier = Frontier(tokens[0], torch.zeros(1, dtype=torch.long, device=device))
         count, depth, limit = 1, 0, self.max_depth
         while limit is None or depth < limit:
             state, states_Nd = self.step(state, depth, frontier)
+            stepped.append(nodes_N)
             children = policy.grow(depth, frontier, self.head(depth)(states_Nd), self)
             if children is None:
                 break
@@ -318,6 +276,7 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
             draws.append(children.draws_M)
             if children.q_MV is not None:
                 q_rows.append(children.q_MV)
+            replacement = replacement and children.replacement
             new_M = torch.arange(count, count + len(children.tokens_M), device=device)
             count += len(children.tokens_M)
             keep = children.expand_M
@@ -329,6 +288,13 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
         q_NV = None
         if q_rows:
             q_NV = torch.cat([q_rows[0].new_zeros(1, q_rows[0].shape[-1]), *q_rows])
-        return Tree(
-            torch.cat(tokens), torch.cat(parents), torch.cat(depths), torch.cat(draws), q_NV
+        tree = Tree(
+            torch.cat(tokens),
+            torch.cat(parents),
+            torch.cat(depths),
+            torch.cat(draws),
+            q_NV,
+            replacement,
+            torch.cat(stepped) if stepped else nodes_N[:0],
         )
+        return policy.finish(tree)

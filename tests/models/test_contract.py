@@ -297,8 +297,8 @@ def test_training_states_are_decoding_states(
     """Unrolled with true tokens = drafted step by step with true tokens, wherever it starts and in
     whatever pieces the verified positions arrive."""
     tokens_BT, features = text
-    depths = list(drafter.unroll(features, tokens_BT))
     steps = min(drafter.max_depth or 4, 4)
+    depths = list(drafter.unroll_to(features, tokens_BT, steps))
     compared = 0
     for start, pieces in ((1, []), (1, [1, 1, 1]), (4, [3, 1, 4]), (12, [2]), (18, [])):
         # The features of positions 0..t have been read; the root is x_{t+1}.
