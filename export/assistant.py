@@ -24,8 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from data_prep.prompts import Prompt
 from export.assisted import decode_assisted
-from export.base import UNLIMITED, Exporter, Precision, Reader
-from export.outside import ADVICE, MASS, outside_mass, outside_row, widen
+from export.base import Exporter, Precision, Reader
+from export.outside import ADVICE, MASS, outside_mass
+from export.plain import MAX_TOKENS, PlainModel, embedding_of, head_of, logits_of
 from export.served import Served
 from export.tensors import tensor_problems
 from models.drafter.base import Drafter
@@ -33,11 +34,10 @@ from models.drafter.causal_lm import CausalLm
 from models.head.frozen import FrozenHead
 from models.head.own import OwnHead
 from models.head.tied import TiedHead
-from models.target import PACKAGE_PREFIX, Features, Target
+from models.target import PACKAGE_PREFIX, Target
 
 LOGITS = 1e-3
 """Largest difference of two logits, relative to the largest logit, in fp32."""
-MAX_TOKENS = 256
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -50,6 +50,7 @@ class AssistantExporter(Exporter):
     name = "assistant"
     engine = "transformers assisted generation"
     library = "transformers"
+    writes_text = True
 
     def __init__(self, *, gamma: int = 4, dtype: Precision | None = None) -> None:
         super().__init__(dtype=dtype)
@@ -84,8 +85,8 @@ class AssistantExporter(Exporter):
     def write(self, drafter: Drafter, folder: Path, *, texts: Sequence[Tensor] = ()) -> None:
         self.refuse(drafter)
         assert isinstance(drafter, CausalLm)
-        embedding_Vd = _embedding(drafter)
-        head_Vd = _head(drafter, embedding_Vd, texts)
+        embedding_Vd = embedding_of(drafter)
+        head_Vd = head_of(drafter, embedding_Vd, texts)
         tied = torch.equal(head_Vd, embedding_Vd)
         config = type(drafter.inner.config).from_dict(drafter.inner.config.to_dict())
         config.tie_word_embeddings = tied
@@ -135,7 +136,7 @@ class AssistantExporter(Exporter):
         positions = 0
         for text_T in texts:
             tokens_1T = text_T[:MAX_TOKENS].to(target.device)[None]
-            want_TD = _logits(drafter, tokens_1T)
+            want_TD = logits_of(drafter, tokens_1T)
             got_TV = model(input_ids=tokens_1T).logits[0]
             got_TD = got_TV if ids_D is None else got_TV[:, ids_D]
             difference = max(difference, float((got_TD - want_TD).abs().max()))
@@ -214,62 +215,6 @@ Other engines take a plain model as drafter, for example vLLM:
 ```bash
 vllm serve {served} --speculative-config '{json.dumps(config)}'
 ```"""
-
-
-class PlainModel:
-    """The folder, read by transformers alone, in fp32."""
-
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.model: Any = model.to(device).eval()
-
-    @torch.inference_mode()
-    def draft(self, features: Features, tokens_1T: Tensor) -> list[int]:
-        """Greedy, with transformers' own loop and cache; no token ends a draft."""
-        knobs = GenerationConfig(do_sample=False, max_new_tokens=UNLIMITED, pad_token_id=0)
-        self.model.generation_config = knobs  # nothing but argmax
-        mask_1T = torch.ones_like(tokens_1T)
-        out_1T = self.model.generate(tokens_1T, attention_mask=mask_1T)
-        return out_1T[0, -UNLIMITED:].tolist()
-
-
-def _embedding(drafter: CausalLm) -> Tensor:
-    """The matrix the drafter reads tokens with, its own or the target's."""
-    if drafter.own_embedding:
-        return drafter.inner.get_input_embeddings().weight.detach()
-    return drafter.target.embedding_weight_Vd.to(drafter.dtype)
-
-
-def _head(drafter: CausalLm, embedding_Vd: Tensor, texts: Sequence[Tensor]) -> Tensor:
-    """The matrix it predicts with, `[V, d]`, widened where the draft vocabulary is reduced."""
-    head, ids_D = drafter.head(0), drafter.draft_ids_D
-    if isinstance(head, OwnHead):
-        rows_Dd = head.linear.weight.detach()
-    else:
-        tied = isinstance(head, TiedHead)
-        weight_Vd = embedding_Vd if tied else drafter.target.head_weight_Vd.to(drafter.dtype)
-        rows_Dd = weight_Vd if ids_D is None else weight_Vd[ids_D]
-    if ids_D is None or len(ids_D) == drafter.vocab_size:
-        return rows_Dd
-    states_Nd, logits_ND = _look(drafter, texts)
-    row_d = outside_row(states_Nd, logits_ND, drafter.vocab_size - len(ids_D))
-    return widen(rows_Dd, ids_D, drafter.vocab_size, row_d)
-
-
-@torch.inference_mode()
-def _look(drafter: CausalLm, texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """States and logits at every position of the texts."""
-    assert texts, "a reduced vocabulary is widened by what states look like on text"
-    device = drafter.target.device
-    states_Nd = torch.cat([drafter.read(t[:MAX_TOKENS].to(device)[None])[0] for t in texts])
-    return states_Nd, drafter.head(0)(states_Nd)
-
-
-def _logits(drafter: Drafter, tokens_1T: Tensor) -> Tensor:
-    """The trained drafter's logits at every position, through its training view."""
-    none = Features(torch.empty(1, tokens_1T.shape[1], 0))  # it reads tokens only
-    depth = list(drafter.unroll(none, tokens_1T))[-1]
-    return depth.head(depth.states_BNd)[0]
 
 
 def problems(folder: Path) -> list[str]:

@@ -36,6 +36,8 @@ class Exporter(ABC):
     engine: ClassVar[str]
     library: ClassVar[str] = "draftsmith"
     """What the Hub says the folder is loaded with."""
+    writes_text: ClassVar[bool] = False
+    """Whether the folder is a language model of its own."""
 
     def __init__(self, *, dtype: Precision | None = None) -> None:
         self.dtype = dtype

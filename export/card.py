@@ -49,8 +49,7 @@ def model_card(
         _front_matter(target, exporter.library),
         f"# {family} drafter for {target}",
         f"A draft model for speculative decoding of `{target}`, trained with Draftsmith. It "
-        "proposes tokens that the target then checks in one forward; it only works with that "
-        "target, and it writes no text by itself.",
+        f"proposes tokens that the target then checks in one forward; {_alone(exporter)}",
         "## Facts",
         _table(
             [
@@ -79,6 +78,15 @@ def model_card(
         f"```yaml\n{recipe}```",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _alone(exporter: Exporter) -> str:
+    if exporter.writes_text:
+        return (
+            "it is a small language model, which could write text by itself, but badly: it was "
+            "made to guess what that target says."
+        )
+    return "it only works with that target, and it writes no text by itself."
 
 
 def _front_matter(target: str, library: str) -> str:

@@ -78,6 +78,7 @@ def test_export_writes_validates_proves_and_describes(run: Path, exporter: str) 
     # Two texts, 16 cuts each, two heads.
     assert "64 drafted tokens in 32 greedy chains over 2 texts" in " ".join(done.stderr.split())
     card = (folder / "README.md").read_text()
+    assert "writes no text by itself" in card
     for part in (
         "Medusa drafter",
         "d41d8cd9",
