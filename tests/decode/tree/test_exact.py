@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from decode.session import Decoder
+from decode.tree.beam import Beam
 from decode.tree.dynamic import Dynamic
 from decode.verifier.greedy import Greedy
 from decode.verifier.sampling import Sampling
@@ -23,6 +24,7 @@ from tests.tiny import tiny_target
 
 POLICIES: dict[str, Callable[[int], Policy]] = {
     "dynamic": lambda nodes: Dynamic(nodes=nodes, depth=5, top_k=3),
+    "beam": lambda nodes: Beam(width=nodes // 3, depth=3),
 }
 """Each policy with about this many nodes and at most three children a node."""
 
@@ -98,7 +100,7 @@ def test_the_law_is_kept_by_enumeration(shape: str, seed: int) -> None:
 @pytest.mark.parametrize("shape", list(POLICIES))
 def test_sampled_answers_have_the_targets_law(shape: str) -> None:
     small = tiny_target(3, vocab_size=5)
-    temperature, runs, length = 1.3, 500, 3
+    temperature, runs, length = 1.3, 200, 3
     decoder = Decoder(
         target=small,
         drafter=hydra(small, heads=2, draft_vocab=4),
