@@ -8,6 +8,7 @@ from torch import nn
 
 from models.drafter.base import Drafter
 from models.head import Head
+from models.split import FirstLayers
 from models.target import Target
 
 
@@ -38,6 +39,10 @@ def count_reads(drafter: Drafter) -> Iterator[ByteCounter]:
     Counting calls instead of parameters is right for every family: a head that is used once a draft
     counts once, a layer that is unrolled seven times counts seven times, and a frozen head, which
     has no parameters, counts the rows of the target's matrix it multiplies with.
+
+    Layers of the target that a drafter runs itself (models/split.py) count each time it runs them.
+    A target forward stays whole beside it, because verification runs those layers as well, for the
+    leaves of the draft (every draft has some), and the others for all nodes.
     """
     counter = ByteCounter()
 
@@ -46,6 +51,8 @@ def count_reads(drafter: Drafter) -> Iterator[ByteCounter]:
         if isinstance(module, Head) and not any(True for _ in module.parameters()):
             element = next(drafter.parameters()).element_size()
             counter.read += module.vocab_size * module.hidden_size * element
+        if isinstance(module, FirstLayers):
+            counter.read += module.weight_bytes
 
     hooks = [module.register_forward_pre_hook(add) for module in drafter.modules()]
     try:

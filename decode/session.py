@@ -21,6 +21,7 @@ from decode.verifier.base import TargetLaw, Verifier
 from models.cache import GrowingCache
 from models.drafter.base import Drafter, Policy, Tree
 from models.sampling import probabilities
+from models.split import SharedLayers
 from models.target import Features, Target
 
 
@@ -99,6 +100,7 @@ class Decoder:
         self.temperature = temperature
         self.top_p = top_p
         self._layers = drafter.feature_layers if drafter is not None else ()
+        self._shared: SharedLayers | None = None
         self._chance = SeededChance(seed=seed)
 
     @torch.inference_mode()
@@ -126,10 +128,14 @@ class Decoder:
             on_read(features)
         # Only the last position is projected: the others would cost V logits each, for nothing.
         token = self._chance.draw(self._law(features.final_BTd[0, -1:])(0))
-        state = None
+        state = self._shared = None
         if self.drafter is not None:
             known_BT = torch.cat([prompt_BT, self._tensor([token])[None]], dim=1)
-            state = self.drafter.start(features.to(self.drafter.dtype), known_BT)
+            features = features.to(self.drafter.dtype)
+            if isinstance(self.drafter, Drafter) and self.drafter.computed_layers:
+                state, self._shared = self.drafter.start_shared(features, known_BT, cache)
+            else:
+                state = self.drafter.start(features, known_BT)
         tokens, rounds = [token], []
         prefill_s = self._now() - begin
         while tokens[-1] not in ends and len(tokens) < max_new_tokens:
@@ -207,6 +213,8 @@ class Decoder:
             # A node stands right behind its parent: siblings share a position.
             positions_BN = past + tree.depths_N[None]
             mask = tree_mask(parents, past, self.target.dtype, self.target.device)
+        if self._shared is not None:
+            return self._shared.verify(tree, attention_mask=mask, positions_BT=positions_BN)
         return self.target.forward(
             tree.tokens_N[None],
             attention_mask=mask,

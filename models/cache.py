@@ -40,7 +40,9 @@ class GrowingLayer(DynamicLayer):
             self._show(self._length + tokens_to_remove)
 
     def keep(self, start: int, positions_N: Tensor) -> None:
-        """Keep everything before `start`, and then the positions `positions_N` (ascending)."""
+        """Keep everything before `start`, and then the positions `positions_N`, in this order."""
+        if not self.is_initialized:  # never used: it holds nothing
+            return
         end = start + positions_N.shape[0]
         for buffer in self._buffers:
             buffer[:, :, start:end] = buffer[:, :, positions_N]

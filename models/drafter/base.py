@@ -26,7 +26,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -36,6 +36,10 @@ from torch import Tensor, nn
 from models.head import Head
 from models.target import Features, Target
 from models.tree import Children, Frontier, Policy, Tree
+
+if TYPE_CHECKING:
+    from models.cache import GrowingCache
+    from models.split import SharedLayers
 
 __all__ = ["Children", "Depth", "Drafter", "Frontier", "Policy", "Tree", "served_depth"]
 
@@ -84,6 +88,9 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
     draft_ids_D: Tensor | None
     feature_layers: tuple[int, ...] = ()
     """Inner layers h^l this drafter reads, beside f_t."""
+    computed_layers: tuple[int, ...] = ()
+    """Of `feature_layers`, those it computes itself while drafting, with the target's first layers:
+    h^l_u follows from the tokens <= u alone, so the index rule counts it as those tokens."""
     reads_features: bool = True
     """False for a drafter that reads tokens only: it can draft, and be sampled from, without the
     target (training on its own text)."""
@@ -181,6 +188,16 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
     def start(self, features: Features, tokens_1T: Tensor) -> Any:
         """Read a prompt: features of positions 0..T-2 and tokens x_0..x_{T-1} (one more)."""
         return self.extend(self.initial_state(), features, tokens_1T[:, 1:])
+
+    def start_shared(
+        self, features: Features, tokens_1T: Tensor, cache: "GrowingCache"
+    ) -> tuple[Any, "SharedLayers"]:
+        """`start` on the target's own cache, for a drafter with `computed_layers`.
+
+        Drafting then appends keys and values of the target's first layers to it, and
+        `SharedLayers.verify` takes the place of the target's forward over the tree.
+        """
+        raise NotImplementedError
 
     def bind(self, target: Target) -> "Drafter":
         """Give access to the target's embedding and head, without owning them."""
