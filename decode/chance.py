@@ -3,7 +3,7 @@
 Verifiers and draft policies ask for a coin or a draw and nothing else, so a test can put a branch
 enumerator in this place and read the exact law of the output.
 
-Shape legend: V vocabulary.
+Shape legend: V vocabulary, N distributions, S draws.
 """
 
 from random import Random
@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from models.sampling import draw_many
 
 
 class Chance(Protocol):
@@ -42,3 +44,8 @@ class SeededChance:
         drawn = int(torch.searchsorted(cdf_V, point, right=True))
         # Rounding of the product can reach the last sum itself: then the last possible id is meant.
         return drawn if drawn < len(p_V) else int(p_V.nonzero()[-1])
+
+    def draws(self, p_NV: Tensor, count: int) -> Tensor:
+        """`count` independent ids from each row, `[N, S]`. Drafting asks for many at once."""
+        uniform_NS = [[self._random.random() for _ in range(count)] for _ in range(len(p_NV))]
+        return draw_many(p_NV, torch.tensor(uniform_NS, dtype=torch.double))

@@ -48,3 +48,24 @@ def children_of(tree: Tree) -> list[list[int]]:
         if parent >= 0:
             children[parent].append(node)
     return children
+
+
+def check_draws(tree: Tree) -> None:
+    """Fail unless the rows of q are what `tree.replacement` says siblings were drawn from.
+
+    Without replacement a sibling's row has nothing left of the siblings before it; with it, all
+    rows of siblings are one and the same. A rule fed the wrong rows would not keep the law of the
+    target, and nothing would show it.
+    """
+    if tree.q_NV is None or len(tree) < 3:
+        return
+    parents_N = tree.parents_N
+    # later[i, j]: j is a sibling drawn before i. row[i, j]: q of node i at the token of node j.
+    later_NN = (parents_N[:, None] == parents_N[None, :]).tril(-1)
+    row_NN = tree.q_NV[:, tree.tokens_N]
+    drawn_N = row_NN.diagonal()
+    wrong_NN = row_NN != drawn_N[None, :] if tree.replacement else row_NN != 0.0
+    assert not bool((later_NN & wrong_NN).any()), (
+        f"siblings are said to be drawn with replacement={tree.replacement}, but their rows of q "
+        "are not those of such draws"
+    )

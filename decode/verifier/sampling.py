@@ -1,5 +1,5 @@
-"""Exact sampling verification (Leviathan et al., 2023, arXiv 2211.17192; siblings as in SpecInfer,
-arXiv 2305.09781).
+"""Exact sampling verification (Leviathan et al., 2023, arXiv 2211.17192), siblings by recursive
+rejection (SpecInfer, arXiv 2305.09781; without replacement RSD, arXiv 2402.14160).
 
 Shape legend: V vocabulary.
 """
@@ -7,22 +7,25 @@ Shape legend: V vocabulary.
 from torch import Tensor
 
 from decode.chance import Chance
-from decode.verifier.base import TargetLaw, Verdict, children_of
+from decode.verifier.base import TargetLaw, Verdict, check_draws, children_of
 from models.drafter.base import Tree
 
 
 class Sampling:
     """Accept or reject so that every token has exactly the target's distribution.
 
-    Rule at an accepted node: start with r = p. For each child x, in the order drawn from its q,
+    Rule at an accepted node: start with r = p. For each child x, in the order of the draws,
 
         accept x with probability min(1, r(x) / q(x)); else r <- norm((r - q)+), next child
 
-    and if no child was accepted draw the bonus token from r. Its two usual forms are special cases.
-    A chain has one child a node: min(1, p/q), residual norm((p - q)+), bonus from p at the end. A
-    deterministic tree has q one-hot at x: accept with r(x), else r(x) <- 0 and renormalise.
-    Siblings of a sampled tree must be drawn independently from the same q. At temperature 0 p is
-    one-hot and the rule is the greedy one.
+    and if no child was accepted draw the bonus token from r. Here q is the law this child was drawn
+    from *given the siblings before it*, which is its row of the tree. Special cases:
+    - a chain has one child a node: min(1, p/q), residual norm((p - q)+), bonus from p at the end;
+    - a deterministic tree has q one-hot at x: accept with r(x), else r(x) <- 0 and renormalise;
+    - independent siblings (`tree.replacement`) share one q. A token that was rejected has r(x) = 0
+      from then on, so its second draw is never accepted, but its rejection changes r all the same;
+    - siblings without replacement have q(x) <- 0 and q renormalised after every draw.
+    At temperature 0 p is one-hot and the rule is the greedy one.
     """
 
     lossy = False
@@ -30,6 +33,7 @@ class Sampling:
 
     def verify(self, tree: Tree, p: TargetLaw, chance: Chance) -> Verdict:
         """Walk down from the root; the walk ends at the first node with no accepted child."""
+        check_draws(tree)
         children, tokens = children_of(tree), tree.tokens_N.tolist()
         path = [0]
         while True:

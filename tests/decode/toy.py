@@ -3,7 +3,7 @@
 Shape legend: T positions, N tree nodes, d hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from models.drafter.base import Children, Depth, Drafter, Frontier
+from models.drafter.base import Children, Depth, Drafter, Frontier, Policy
 from models.head import Head
 from models.head.frozen import FrozenHead
 from models.target import Features, Target
@@ -51,6 +51,11 @@ class Scripted:
     def draw(self, p_V: Tensor) -> int:
         return self._choose(p_V.tolist())
 
+    def draws(self, p_NV: Tensor, count: int) -> Tensor:
+        """An empty row has no draw to make; its id means nothing."""
+        rows = [[self.draw(p_V) if p_V.any() else 0 for _ in range(count)] for p_V in p_NV]
+        return torch.tensor(rows)
+
     def _choose(self, options: Sequence[float]) -> int:
         possible = [i for i, p in enumerate(options) if p > 0.0]
         if len(self.taken) < len(self.script):
@@ -81,9 +86,16 @@ def law_error(
 
     `round_` returns the tokens one round produced; the rest of the text is completed from p.
     """
+    return results_error(p, vocab, length, outcomes(round_))
+
+
+def results_error(
+    p: dict[tuple, Tensor], vocab: int, length: int, results: Iterable[tuple[tuple, float]]
+) -> float:
+    """The same from the texts rounds produced, each with its probability."""
     law = dict.fromkeys(product(range(vocab), repeat=length), 0.0)
     total = 0.0
-    for text, probability in outcomes(round_):
+    for text, probability in results:
         total += probability
         start = text[:length]
         for rest in product(range(vocab), repeat=length - len(start)):
@@ -190,16 +202,16 @@ def echo(target: Target, *, noise: float = 0.0, draft_vocab_size: int | None = N
     return drafter
 
 
-class NoDraft:
+class NoDraft(Policy):
     """A policy that never drafts."""
 
     name = "none"
 
-    def grow(self, depth: int, frontier: Frontier, logits: Tensor, drafter: Drafter) -> None:
+    def grow(self, depth: int, frontier: Frontier, logits_ND: Tensor, drafter: Drafter) -> None:
         return None
 
 
-class Fixed:
+class Fixed(Policy):
     """A policy that hands out given children, depth by depth."""
 
     name = "fixed"
@@ -208,7 +220,7 @@ class Fixed:
         self.levels = levels
 
     def grow(
-        self, depth: int, frontier: Frontier, logits: Tensor, drafter: Drafter
+        self, depth: int, frontier: Frontier, logits_ND: Tensor, drafter: Drafter
     ) -> Children | None:
         return self.levels[depth] if depth < len(self.levels) else None
 
