@@ -94,15 +94,17 @@ class Target:
     def layer_shape(self) -> dict[str, Any]:
         """Plain numbers a drafter needs to build a decoder layer like the target's."""
         c = self.config
-        rope = getattr(c, "rope_parameters", None) or {}
+        rope = dict(getattr(c, "rope_parameters", None) or {})
+        # Where layers differ in it (sliding windows), those that attend to everything.
+        rope = rope.get("full_attention") or rope
         heads = c.num_attention_heads
         return {
             "num_heads": heads,
             "num_kv_heads": getattr(c, "num_key_value_heads", None) or heads,
             "head_dim": getattr(c, "head_dim", None) or c.hidden_size // heads,
             "intermediate_size": c.intermediate_size,
-            "rope_theta": float(rope.get("rope_theta", 10_000.0)),
             "max_positions": c.max_position_embeddings,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, **rope},
         }
 
     @property

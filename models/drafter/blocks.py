@@ -3,6 +3,8 @@
 Shape legend: B sequences, T positions, d hidden size.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,6 +45,72 @@ class ResidualBlock(nn.Module):
         return self.residual(z) + F.silu(self.linear(z))
 
 
+def layer_config(
+    *,
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    intermediate_size: int,
+    max_positions: int,
+    rope_parameters: dict[str, Any] | None = None,
+    rope_theta: float = 10_000.0,
+) -> LlamaConfig:
+    """One Llama layer in the shape of `Target.layer_shape`.
+
+    `rope_theta` alone is what drafters saved before `rope_parameters` existed.
+    """
+    rope = rope_parameters or {"rope_type": "default", "rope_theta": rope_theta}
+    return LlamaConfig(
+        hidden_size=hidden_size,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=intermediate_size,
+        max_position_embeddings=max_positions,
+        num_hidden_layers=1,
+        rope_parameters=dict(rope),  # type: ignore[arg-type]
+    )
+
+
+class Rotary(LlamaRotaryEmbedding):
+    """Rotary angles with every scaling of transformers, for heads that rotate whole or in part.
+
+    With `partial_rotary_factor` r only r * head_dim dimensions rotate: the others get angle 0, cos
+    1 and sin 0. They are the last of each half of a head, not the last of the whole (rotation pairs
+    dimension i with i + head_dim / 2); a drafter trained from scratch cannot tell, but an export to
+    an engine that rotates the first dimensions has to reorder the rows of q and k.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        assert config.head_dim is not None
+        self.head_dim: int = config.head_dim
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: LlamaConfig,
+        **kwargs: Any,  # noqa: ARG004 (the signature is transformers')
+    ) -> tuple[Tensor, float]:
+        """theta^(-2i/n) of the n dimensions that rotate."""
+        rope: Any = config.rope_parameters
+        assert config.head_dim is not None
+        n = int(config.head_dim * (rope.get("partial_rotary_factor") or 1.0))
+        exponent = torch.arange(0, n, 2, dtype=torch.float) / n
+        return 1.0 / rope["rope_theta"] ** exponent, 1.0
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = super().forward(x, position_ids)
+        missing = (self.head_dim - cos.shape[-1]) // 2
+        if not missing:
+            return cos, sin
+        halves = cos.unflatten(-1, (2, -1)), sin.unflatten(-1, (2, -1))
+        cos, sin = (
+            F.pad(h, (0, missing), value=v) for h, v in zip(halves, (1.0, 0.0), strict=True)
+        )
+        return cos.flatten(-2), sin.flatten(-2)
+
+
 class CausalLayer(nn.Module):
     """One Llama decoder layer with its own final norm, run causally over a feature sequence.
 
@@ -57,24 +125,25 @@ class CausalLayer(nn.Module):
         num_kv_heads: int,
         head_dim: int,
         intermediate_size: int,
-        rope_theta: float,
         max_positions: int,
+        rope_parameters: dict[str, Any] | None = None,
+        rope_theta: float = 10_000.0,
     ) -> None:
         super().__init__()
-        config = LlamaConfig(
+        config = layer_config(
             hidden_size=hidden_size,
-            num_attention_heads=num_heads,
-            num_key_value_heads=num_kv_heads,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             intermediate_size=intermediate_size,
-            max_position_embeddings=max_positions,
-            num_hidden_layers=1,
-            rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+            max_positions=max_positions,
+            rope_parameters=rope_parameters,
+            rope_theta=rope_theta,
         )
         config._attn_implementation = "sdpa"
         self.layer = LlamaDecoderLayer(config, layer_idx=0)
         self.norm = LlamaRMSNorm(hidden_size, eps=config.rms_norm_eps)
-        self.rotary = LlamaRotaryEmbedding(config)
+        self.rotary = Rotary(config)
 
     def forward(self, hidden_BTd: Tensor, cache: Cache | None = None) -> Tensor:
         """Outputs at the T new positions; `cache` holds the earlier ones and is extended."""

@@ -1,0 +1,103 @@
+"""EAGLE-3 (Li et al., 2025, arXiv 2503.01840).
+
+Shape legend: d hidden size.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from models.feature_drafter import FeatureDrafter, FeatureLayer
+from models.target import Features, Target
+
+
+class Eagle3(FeatureDrafter):
+    """Reads three inner layers, predicts tokens only, and is trained on its own outputs.
+
+        g^0_t = C [h^low_t; h^mid_t; h^high_t]             C without bias, on true features only
+        c = [RMSNorm_e(E(x_{t+1+k})); RMSNorm_h(g^k_t)]    queries, keys and values of width 2d
+        a = g^k_t + Attention(c),  y = a + MLP(RMSNorm(a)) the residual is g without its norm
+        logits = U RMSNorm(y)  predict x_{t+2+k},          g^{k+1}_t = y
+
+    `steps` depths are unrolled in training with gradients through all of them (training-time test),
+    each attending to what decoding has by then (models/levels.py). Loss: sum_k 0.8^k soft
+    cross-entropy. `feature_layers` are (2, L/2, L-3) of the target's L layers when null: the
+    residual stream after so many layers. `norm_output` feeds back RMSNorm(y) instead of y.
+
+    Deviations from the released code: the mask is aligned (models/drafter/base.py; `mask_lag` is
+    theirs), losses are divided by the tokens to learn, the head starts from the target's rows and
+    the final norm from the target's, where theirs are random and ones.
+    """
+
+    predicts_features = False
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        vocab_size: int,
+        target_shape: dict[str, Any],
+        feature_layers: list[int] | None = None,
+        steps: int = 7,
+        norm_output: bool = False,
+        draft_vocab_size: int | None = None,
+        head: dict[str, Any],
+    ) -> None:
+        super().__init__(
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            draft_vocab_size=draft_vocab_size,
+            head=head,
+            steps=steps,
+        )
+        if feature_layers is not None and len(feature_layers) != 3:
+            raise ValueError(
+                f"drafter.feature_layers={feature_layers} must name three layers (low, middle, "
+                "high) of the target, or be null for 2, L/2 and L-3 of its L layers."
+            )
+        self.feature_layers = tuple(feature_layers or ())
+        self.norm_output = norm_output
+        self.fc = nn.Linear(3 * hidden_size, hidden_size, bias=False)
+        self.layer = FeatureLayer(hidden_size=hidden_size, shape=target_shape, inputs=2)
+        eps = self.layer.post_attention_layernorm.variance_epsilon
+        self.input_layernorm = LlamaRMSNorm(hidden_size, eps=eps)
+        self.hidden_norm = LlamaRMSNorm(hidden_size, eps=eps)
+        self.norm = LlamaRMSNorm(hidden_size, eps=eps)
+
+    def bind(self, target: Target) -> "Eagle3":
+        super().bind(target)
+        L = target.num_layers
+        if not self.feature_layers:
+            self.feature_layers = (min(2, L - 1), L // 2, max(0, L - 3))
+        if not all(0 <= k < L for k in self.feature_layers):
+            raise ValueError(
+                f"drafter.feature_layers={list(self.feature_layers)} must lie between 0 (the "
+                f"embedding) and {L - 1}, because '{target.name}' has {L} layers and the stream "
+                "after the last one is what its final norm reads."
+            )
+        return self
+
+    def init_from(self, target: Target, calibration: Sequence[Tensor] = ()) -> None:
+        super().init_from(target, calibration)
+        # The head's rows expect what the target's final norm scales. A vector of ones shows the
+        # scale, whatever way a norm stores it (w, or 1 + w); a LayerNorm would answer zeros.
+        norm = getattr(target.model.get_decoder(), "norm", None)
+        if norm is not None:
+            ones_1d = torch.ones(1, self.hidden_size, dtype=target.dtype, device=target.device)
+            with torch.no_grad():
+                scale_d = norm(ones_1d)[0]
+                if bool(scale_d.any()):
+                    self.norm.weight.copy_(scale_d)
+
+    def read(self, features: Features) -> Tensor:
+        return self.fc(torch.cat([features.layers[k] for k in self.feature_layers], dim=-1))
+
+    def mix(self, embedded: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.input_layernorm(embedded), self.hidden_norm(given)], dim=-1), given
+
+    def read_out(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.norm(out)
+        return states, states if self.norm_output else out

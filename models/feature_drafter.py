@@ -1,0 +1,271 @@
+"""What drafters share that read the target's features once and then feed back their own.
+
+    g^0_t = read(features_t)                               true features, verified positions
+    y^k_t = layer(mix(E(x_{t+1+k}), g^k_t))                attends as models/levels.py says
+    state, g^{k+1}_t = read_out(y^k_t)                     the state predicts x_{t+2+k}
+
+A family is the three functions; unrolling and drafting are the same for all.
+
+Shape legend: B sequences, T positions, N frontier nodes, M drafted nodes before them, S verified
+positions, H query heads, G key and value heads, c head size, d hidden size, e width of the layer's
+input, k depth.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+
+from models.cache import GrowingCache, causal_rows
+from models.drafter.base import Depth, Drafter, Frontier
+from models.drafter.blocks import Rotary, layer_config
+from models.head import Head, build_head
+from models.levels import MEMORY_ATTENTION, Levels
+from models.target import Features, Target
+
+
+class FeatureLayer(nn.Module):
+    """A Llama decoder layer that leaves the norms of its input to the family.
+
+        a = r + Attention(z),  y = a + MLP(RMSNorm(a))
+
+    z is `inputs` times as wide as the residual r (EAGLE-3: 2). With `outputs` = 2 the MLP is twice
+    as wide as a, and y = [a; a] + MLP(RMSNorm(a)) (FSPAD).
+    """
+
+    def __init__(
+        self, *, hidden_size: int, shape: dict[str, Any], inputs: int = 1, outputs: int = 1
+    ) -> None:
+        super().__init__()
+        config = layer_config(hidden_size=hidden_size, **shape)
+        config._attn_implementation = MEMORY_ATTENTION
+        self.self_attn = LlamaAttention(config, layer_idx=0)
+        self.mlp = LlamaMLP(config)
+        self.post_attention_layernorm = LlamaRMSNorm(hidden_size, eps=config.rms_norm_eps)
+        self.rotary = Rotary(config)
+        self.outputs = outputs
+        if inputs > 1:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                narrow: nn.Linear = getattr(self.self_attn, name)
+                wide = nn.Linear(inputs * hidden_size, narrow.out_features, bias=False)
+                setattr(self.self_attn, name, wide)
+        if outputs > 1:
+            down = self.mlp.down_proj
+            self.mlp.down_proj = nn.Linear(down.in_features, outputs * hidden_size, bias=False)
+
+    def forward(
+        self, z_BTe: Tensor, residual_BTd: Tensor, positions_BT: Tensor, memory: Any
+    ) -> Tensor:
+        """`memory` takes the keys and values of these rows, and is what they attend to."""
+        attended_BTd, _ = self.self_attn(
+            hidden_states=z_BTe,
+            position_embeddings=self.rotary(residual_BTd, positions_BT),
+            attention_mask=None,
+            past_key_values=memory,
+            memory=memory,
+        )
+        a_BTd = residual_BTd + attended_BTd
+        wide = torch.cat([a_BTd] * self.outputs, dim=-1) if self.outputs > 1 else a_BTd
+        return wide + self.mlp(self.post_attention_layernorm(a_BTd))
+
+
+class Verified:
+    """Decoding, verified positions: rows attend causally to a cache that keeps them."""
+
+    def __init__(self, cache: GrowingCache) -> None:
+        self.cache = cache
+        self.past = cache.get_seq_length()
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = self.cache.update(keys, values, layer)
+        return keys, values
+
+    def attend(self, queries_BHTc: Tensor, scale: float) -> Tensor:
+        new = queries_BHTc.shape[2]
+        mask = causal_rows(new, self.past, queries_BHTc.device) if self.past and new > 1 else None
+        return F.scaled_dot_product_attention(
+            queries_BHTc,
+            self.keys,
+            self.values,
+            attn_mask=mask,
+            is_causal=new > 1 and mask is None,
+            scale=scale,
+            enable_gqa=True,
+        )
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """Keys and values of the tree's nodes so far; which of them each frontier node descends from.
+
+    A node's path is the diagonal of models/levels.py: its own states at levels 1..k.
+    """
+
+    keys_1GMc: Tensor
+    values_1GMc: Tensor
+    path_NM: Tensor
+
+
+class Path:
+    """Decoding, a frontier: node rows attend to the verified positions and to their own path."""
+
+    def __init__(self, cache: GrowingCache, before: Drafted | None, parents_N: Tensor) -> None:
+        layer: Any = cache.layers[0]
+        self.verified: tuple[Tensor, Tensor] = (layer.keys, layer.values)
+        self.before, self.parents_N = before, parents_N
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        # Nodes are rows of one sequence.
+        self_NN = torch.eye(len(self.parents_N), dtype=torch.bool, device=keys.device)
+        if self.before is None:
+            self.drafted = Drafted(keys, values, self_NN)
+        else:
+            self.drafted = Drafted(
+                torch.cat([self.before.keys_1GMc, keys], dim=2),
+                torch.cat([self.before.values_1GMc, values], dim=2),
+                torch.cat([self.before.path_NM[self.parents_N], self_NN], dim=1),
+            )
+        return keys, values
+
+    def attend(self, queries_1HNc: Tensor, scale: float) -> Tensor:
+        past = self.verified[0].shape[2]
+        return F.scaled_dot_product_attention(
+            queries_1HNc,
+            torch.cat([self.verified[0], self.drafted.keys_1GMc], dim=2),
+            torch.cat([self.verified[1], self.drafted.values_1GMc], dim=2),
+            attn_mask=F.pad(self.drafted.path_NM, (past, 0), value=True),
+            scale=scale,
+            enable_gqa=True,
+        )
+
+
+@dataclass(frozen=True)
+class FeatureState:
+    """What drafting remembers.
+
+    The layer's cache over verified positions 0..t (the one thing that `extend` changes in place);
+    the state of position t, which predicts x_{t+2}; what the last frontier's nodes feed back, and
+    their keys and values.
+    """
+
+    cache: GrowingCache
+    states_1d: Tensor | None = None
+    given_Nd: Tensor | None = None
+    drafted: Drafted | None = None
+
+
+class FeatureDrafter(Drafter):
+    """Base of the families above; `steps` depths are trained, any number is drafted.
+
+    `detached` stops gradients between the depths.
+    """
+
+    detached = False
+    predicts_features = True
+    """Whether what is fed back is a prediction of the target's next feature f_{t+1+k}."""
+
+    layer: FeatureLayer
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        vocab_size: int,
+        draft_vocab_size: int | None,
+        head: dict[str, Any],
+        steps: int = 1,
+    ) -> None:
+        super().__init__(
+            hidden_size=hidden_size, vocab_size=vocab_size, draft_vocab_size=draft_vocab_size
+        )
+        if steps < 1:
+            raise ValueError(
+                f"drafter.steps={steps} must be at least 1: it is the number of drafts in a row "
+                "that training unrolls."
+            )
+        self.steps = steps
+        self.lm_head = build_head(
+            head, hidden_size=hidden_size, vocab_size=draft_vocab_size or vocab_size
+        )
+
+    # --- what a family says -------------------------------------------------------------------
+
+    @abstractmethod
+    def read(self, features: Features) -> Tensor:
+        """g^0: what the layer reads of the target's true features, `[..., d]`."""
+
+    @abstractmethod
+    def mix(self, embedded: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        """(z, r), the layer's input and residual, of a token's embedding and a feature."""
+
+    @abstractmethod
+    def read_out(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """(state, g) of the layer's output: what the head reads, and what is fed back."""
+
+    # --- shared -------------------------------------------------------------------------------
+
+    @property
+    def num_depths(self) -> int:
+        return self.steps
+
+    @property
+    def max_depth(self) -> None:
+        return None
+
+    def head(self, depth: int) -> Head:
+        return self.lm_head
+
+    def init_from(self, target: Target, calibration: Sequence[Tensor] = ()) -> None:
+        self.lm_head.init_from(target, self.draft_ids_D)
+
+    def unroll(self, features: Features, tokens_BT: Tensor) -> Iterator[Depth]:
+        return self.unroll_to(features, tokens_BT, self.num_depths)
+
+    def unroll_to(self, features: Features, tokens_BT: Tensor, depths: int) -> Iterator[Depth]:
+        embedded_BTd = self.embed(tokens_BT)
+        given_BTd = self.read(features)
+        T = tokens_BT.shape[1]
+        positions_1T = torch.arange(T, device=tokens_BT.device)[None]
+        levels = Levels()
+        for k in range(depths):
+            # x_{t+1+k} stands at index t; the last 1+k positions read zeros and have no label.
+            ahead_BTd = F.pad(embedded_BTd[:, 1 + k :], (0, 0, 0, min(1 + k, T)))
+            out = self.layer(*self.mix(ahead_BTd, given_BTd), positions_1T + k, levels)
+            states_BTd, given_BTd = self.read_out(out)
+            predicted = given_BTd if self.predicts_features else None
+            yield Depth(states_BTd, self.lm_head, shift=1 + k, feature_BNd=predicted)
+            if self.detached:
+                given_BTd = given_BTd.detach()
+
+    def initial_state(self) -> FeatureState:
+        return FeatureState(GrowingCache())
+
+    def extend(self, state: FeatureState, features: Features, tokens_1N: Tensor) -> FeatureState:
+        """Row t reads f_t and x_{t+1}: the last one has already read the root of the next draft."""
+        past = state.cache.get_seq_length()
+        positions_1N = torch.arange(past, past + tokens_1N.shape[1], device=tokens_1N.device)[None]
+        z, residual = self.mix(self.embed(tokens_1N), self.read(features))
+        out = self.layer(z, residual, positions_1N, Verified(state.cache))
+        states_1d, given_1d = self.read_out(out[:, -1])
+        return FeatureState(state.cache, states_1d, given_1d)
+
+    def step(
+        self, state: FeatureState, depth: int, frontier: Frontier
+    ) -> tuple[FeatureState, Tensor]:
+        assert state.states_1d is not None and state.given_Nd is not None, "extend comes first"
+        if depth == 0:
+            return state, state.states_1d
+        # Node rows stand at t + depth, with t the last verified position.
+        t = state.cache.get_seq_length() - 1
+        positions_1N = torch.full_like(frontier.tokens_N, t + depth)[None]
+        given_Nd = state.given_Nd[frontier.parents_N]
+        path = Path(state.cache, state.drafted, frontier.parents_N)
+        z, residual = self.mix(self.embed(frontier.tokens_N), given_Nd)
+        out = self.layer(z[None], residual[None], positions_1N, path)[0]
+        states_Nd, given_Nd = self.read_out(out)
+        return replace(state, given_Nd=given_Nd, drafted=path.drafted), states_Nd

@@ -1,0 +1,184 @@
+"""Attention over unrolled drafts: one pattern for all families that feed back their own features.
+
+Such a family reads true features once (level 0) and then its own outputs, k times (level k). The
+state of position t at level k stands for the draft that began at t and is k tokens long. What it
+may attend to is what decoding has by then: the verified positions s <= t, and its own path, which
+are the states of the same t at levels 1..k. `visible` says exactly this; its rotary position is
+t + k.
+
+    EAGLE-3's training-time test (arXiv 2503.01840) is this pattern with gradients through all
+    levels. HASS (arXiv 2408.15766) is it with the features detached between levels: forward j of
+    HASS at its row r is level j here at index t = r - j.
+
+The scores of all levels share one softmax. Query rows never form a [levels*T, levels*T] matrix:
+level 0 is plain causal attention, and every later level adds one key to a row. On a CPU the two
+parts are joined by their log-sum-exps; elsewhere flex_attention skips the empty blocks of the same
+pattern.
+
+Shape legend: B sequences, T positions, H query heads, G key and value heads, R = H / G, c head
+size, K levels.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+Row = Any
+"""A row or level index: an int, or integer tensors that broadcast."""
+
+
+def visible(row: Row, level: Row, key_row: Row, key_level: Row) -> Any:
+    """Whether the query of `row` at `level` sees the key of `key_row` at `key_level`."""
+    verified = (key_level == 0) & (key_row <= row)
+    own_path = (key_level > 0) & (key_level <= level) & (key_row == row)
+    return verified | own_path
+
+
+class Levels:
+    """The keys and values of every level so far, as a cache that transformers' attention fills."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def update(self, keys_BGTc: Tensor, values_BGTc: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Take the keys and values of the next level."""
+        self.keys.append(_cast(keys_BGTc))
+        self.values.append(_cast(values_BGTc))
+        return keys_BGTc, values_BGTc
+
+    def attend(self, queries_BHTc: Tensor, scale: float) -> Tensor:
+        """What the queries of the newest level read, `[B, H, T, c]`."""
+        return attend_levels(_cast(queries_BHTc), self.keys, self.values, scale)
+
+
+def attend_levels(
+    queries_BHTc: Tensor, keys: list[Tensor], values: list[Tensor], scale: float
+) -> Tensor:
+    """Attention of the last level's queries over the `[B, G, T, c]` keys of levels 0..K-1."""
+    if len(keys) == 1:
+        return scaled_dot_product_attention(
+            queries_BHTc, keys[0], values[0], is_causal=True, scale=scale, enable_gqa=True
+        )
+    if queries_BHTc.device.type == "cpu":
+        return _JoinedLevels.apply(scale, len(keys), queries_BHTc, *keys, *values)  # type: ignore[return-value]
+    mask = block_mask(queries_BHTc.shape[2], len(keys), queries_BHTc.device)
+    return _flex()(
+        queries_BHTc,
+        torch.cat(keys, dim=2),
+        torch.cat(values, dim=2),
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=True,
+    )
+
+
+@lru_cache(maxsize=32)
+def block_mask(rows: int, levels: int, device: torch.device) -> BlockMask:
+    """`visible` for the last level's queries; key i stands at row i % T of level i // T."""
+
+    def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible(query, levels - 1, key % rows, key // rows)
+
+    compiled = device.type == "cuda"  # finds the empty blocks without a [T, K*T] mask
+    return create_block_mask(
+        sees, None, None, rows, levels * rows, device=device, _compile=compiled
+    )
+
+
+@lru_cache(maxsize=1)
+def _flex() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+class _JoinedLevels(torch.autograd.Function):
+    """One softmax over causal keys (level 0) and one key of the same row from each later level.
+
+    With s_0 the log-sum-exp of a row's causal scores and s_j = scale q k_j, the row's weights are
+    exp(s_j - s), s = logsumexp(s_0, ..., s_K). The backward pass of a fused attention needs only
+    the final output and s to make the gradients of its part, so the causal kernel of PyTorch is
+    run with those of the whole row. Nothing is kept but the inputs, the output and s.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scale: float, levels: int, queries_BHTc: Tensor, *both: Tensor) -> Tensor:
+        keys, values = both[:levels], both[levels:]
+        causal_BHTc, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries_BHTc, keys[0], values[0], 0.0, True, attn_mask=None, scale=scale
+        )
+        queries = _grouped(queries_BHTc, keys[0])
+        scores = [_scores(queries, key_BGTc, scale) for key_BGTc in keys[1:]]
+        lse = _grouped(lse_BHT, keys[0])
+        joined = torch.stack([lse, *scores]).logsumexp(0)
+        out = _grouped(causal_BHTc, keys[0]) * (lse - joined).exp()[..., None]
+        for score, value_BGTc in zip(scores, values[1:], strict=True):
+            out += (score - joined).exp()[..., None] * value_BGTc[:, :, None]
+        out_BHTc = out.flatten(1, 2).to(queries_BHTc.dtype)
+        ctx.scale, ctx.levels = scale, levels
+        ctx.save_for_backward(queries_BHTc, out_BHTc, joined, *both)
+        return out_BHTc
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
+        queries_BHTc, out_BHTc, joined, *both = ctx.saved_tensors
+        keys, values = both[: ctx.levels], both[ctx.levels :]
+        dout_BHTc = outer[0]
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout_BHTc,
+            queries_BHTc,
+            keys[0],
+            values[0],
+            out_BHTc,
+            joined.flatten(1, 2),
+            0.0,
+            True,
+            attn_mask=None,
+            scale=ctx.scale,
+        )
+        queries, dout = _grouped(queries_BHTc, keys[0]), _grouped(dout_BHTc, keys[0])
+        # Softmax: ds = weight (dweight - delta), with delta the same for all keys of a row.
+        delta = _scores(dout, _grouped(out_BHTc, keys[0]), 1.0)
+        dqueries = _grouped(dq, keys[0])
+        dkeys, dvalues = [dk], [dv]
+        for key_BGTc, value_BGTc in zip(keys[1:], values[1:], strict=True):
+            weight = (_scores(queries, key_BGTc, ctx.scale) - joined).exp()
+            dscore = weight * (_scores(dout, value_BGTc, 1.0) - delta) * ctx.scale
+            dqueries = dqueries + dscore[..., None] * key_BGTc[:, :, None]
+            dkeys.append((dscore[..., None] * queries).sum(2).to(key_BGTc.dtype))
+            dvalues.append((weight[..., None] * dout).sum(2).to(value_BGTc.dtype))
+        return None, None, dqueries.flatten(1, 2).to(queries_BHTc.dtype), *dkeys, *dvalues
+
+
+def _grouped(x: Tensor, keys_BGTc: Tensor) -> Tensor:
+    """`[B, H, ...]` -> `[B, G, R, ...]`: query heads beside the key head they share."""
+    return x.unflatten(1, (keys_BGTc.shape[1], -1))
+
+
+def _scores(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Dot products row by row, fp32 (or fp64): `[B, G, R, T, c]` -> `[B, G, R, T]`."""
+    keys = keys if keys.dim() == queries.dim() else keys[:, :, None]
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    return (queries * keys).sum(-1, dtype=dtype) * scale
+
+
+def _cast(x: Tensor) -> Tensor:
+    """Autocast multiplies attention in its own dtype; a function of ours has to ask for it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def _attend_memory(
+    _module: torch.nn.Module, query: Tensor, *_own: Tensor | None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention interface; keys and values are in the memory it is called with."""
+    return kwargs["memory"].attend(query, scaling).transpose(1, 2), None
+
+
+MEMORY_ATTENTION = "draftsmith_memory"
+"""`config._attn_implementation` of layers that are called with `memory=`."""
+AttentionInterface.register(MEMORY_ATTENTION, _attend_memory)
