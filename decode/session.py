@@ -1,4 +1,4 @@
-"""The reference speculative decoder: one sequence, one target, a drafter or none.
+"""The reference speculative decoder: one sequence, one target, a drafter (or baseline) or none.
 
 A round: the drafter grows a tree from the root x_{t+1}, the last token known; the target reads the
 whole tree in one forward; the verifier keeps a path and adds a token, which is the next root; the
@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from decode.baselines.base import Baseline
 from decode.chance import SeededChance
 from decode.verifier.base import TargetLaw, Verifier
 from models.cache import GrowingCache
@@ -79,14 +80,16 @@ class Decoder:
         self,
         *,
         target: Target,
-        drafter: Drafter | None,
+        drafter: Drafter | Baseline | None,
         verifier: Verifier,
         policy: Policy | None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
     ) -> None:
-        assert (drafter is None) == (policy is None), "a drafter and a policy come together"
+        assert isinstance(drafter, Drafter) == (policy is not None), (
+            "a drafter and a policy come together"
+        )
         if temperature > 0.0 and verifier.greedy_only:
             raise ValueError(
                 f"temperature={temperature} was asked for with greedy verification, which is only "
@@ -127,7 +130,8 @@ class Decoder:
         if on_read is not None:
             on_read(features)
         # Only the last position is projected: the others would cost V logits each, for nothing.
-        token = self._chance.draw(self._law(features.final_BTd[0, -1:])(0))
+        logits_1V = self.target.project(features.final_BTd[0, -1:])
+        token = self._chance.draw(self._law(logits_1V)(0))
         state = self._shared = None
         if self.drafter is not None:
             known_BT = torch.cat([prompt_BT, self._tensor([token])[None]], dim=1)
@@ -160,10 +164,12 @@ class Decoder:
         tree = self._draft(state, root)
         drafted = self._now()
         features = self._read(tree, cache, past)
-        p = self._law(features.final_BTd[0])
+        # One product projects all nodes: the head is bound by reading its weights, so N rows cost
+        # little more than one.
+        logits_NV = self.target.project(features.final_BTd[0])
         read = self._now()
 
-        verdict = self.verifier.verify(tree, p, self._chance)
+        verdict = self.verifier.verify(tree, self._law(logits_NV), self._chance)
         path, last = verdict.path, verdict.path[-1]
         drafts = tree.tokens_N.tolist()
         new = [*(drafts[node] for node in path[1:]), verdict.token]
@@ -182,6 +188,8 @@ class Decoder:
         kept = features[:, path] if len(path) < len(tree) else features
         if on_read is not None:
             on_read(kept)
+        if isinstance(self.drafter, Baseline):
+            self.drafter.read(tree, logits_NV)
         if self.drafter is not None and end is None:
             kept = kept.to(self.drafter.dtype)
             state = self.drafter.extend(state, kept, self._tensor(new)[None])
@@ -199,6 +207,8 @@ class Decoder:
 
     def _draft(self, state: Any, root: int) -> Tree:
         root_1 = self._tensor([root])
+        if isinstance(self.drafter, Baseline):
+            return self.drafter.propose(state, root_1)
         if self.drafter is not None:
             assert self.policy is not None
             return self.drafter.propose(state, root_1, self.policy)
@@ -223,10 +233,8 @@ class Decoder:
             layers=self._layers,
         )
 
-    def _law(self, features_Nd: Tensor) -> TargetLaw:
-        """p(node), softmax made only where it is asked for. One product projects all nodes: the
-        head is bound by reading its weights, so N rows cost little more than one."""
-        logits_NV = self.target.project(features_Nd)
+    def _law(self, logits_NV: Tensor) -> TargetLaw:
+        """p(node), softmax made only where it is asked for."""
 
         def p(node: int) -> Tensor:
             return probabilities(logits_NV[node], temperature=self.temperature, top_p=self.top_p)
