@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -25,7 +25,8 @@ class Features:
 
     `final_BTd` is f_t: the last hidden state *after* the final norm, so that p_t = softmax(W f_t)
     predicts x_{t+1}. `layers` maps k to the residual stream after k decoder layers (Hugging Face's
-    `hidden_states[k]`; k = 0 is the embedding), for 0 <= k < number of layers.
+    `hidden_states[k]`; k = 0 is the embedding), for 0 <= k <= number of layers. The last of them is
+    what the final norm reads (in Hugging Face's list, f stands in its place).
     """
 
     final_BTd: Tensor
@@ -153,16 +154,38 @@ class Target:
         visible, -inf elsewhere). With a `cache` the keys and values of these tokens are appended.
         """
         decoder = self.model.get_decoder()
-        out = decoder(
-            input_ids=tokens_BT,
-            attention_mask=attention_mask,
-            position_ids=positions_BT,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            output_hidden_states=bool(layers),
-        )
-        inner = {k: out.hidden_states[k] for k in layers}
+        last: list[Any] = []
+        hooks = []
+        if self.num_layers in layers:
+            stack = self._decoder_layers(decoder)
+            hooks.append(stack[-1].register_forward_hook(lambda *given: last.append(given[-1])))
+        try:
+            out = decoder(
+                input_ids=tokens_BT,
+                attention_mask=attention_mask,
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                output_hidden_states=any(k < self.num_layers for k in layers),
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        inner = {k: out.hidden_states[k] for k in layers if k < self.num_layers}
+        for made in last:
+            inner[self.num_layers] = made[0] if isinstance(made, tuple) else made
         return Features(out.last_hidden_state, inner)
+
+    def _decoder_layers(self, decoder: nn.Module) -> nn.ModuleList:
+        """The list of all decoder layers."""
+        for module in decoder.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == self.num_layers:
+                return module
+        raise ValueError(
+            f"The decoder layers of the target '{self.name}' ({type(decoder).__name__}) were not "
+            f"found: expected a list of {self.num_layers} modules in it. Its stream before the "
+            "final norm cannot be read; use a drafter that does not ask for it."
+        )
 
     def fingerprint(self) -> str:
         """16 hex digits that change when the weights change.

@@ -63,13 +63,13 @@ class Capture:
             )
 
     def check(self, target: Target) -> None:
-        """Layer k is the residual stream after k decoder layers; the last one is never needed."""
-        odd = [k for k in self.layers if not 0 <= k < target.num_layers]
+        """Layer k is the residual stream after k decoder layers."""
+        odd = [k for k in self.layers if not 0 <= k <= target.num_layers]
         if odd:
             raise ValueError(
                 f"dataset.capture.layers={self.layers} names {odd}, but '{target.name}' has layers "
-                f"0 (the embedding) to {target.num_layers - 1}; its final hidden state is always "
-                "captured. Give numbers in that range."
+                f"0 (the embedding) to {target.num_layers} (before the final norm); its final "
+                "hidden state, after the norm, is always captured. Give numbers in that range."
             )
         if self.signal:
             self.signal.check(target.vocab_size)

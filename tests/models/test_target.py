@@ -2,12 +2,21 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Qwen3Config,
+)
 
+from models.cache import GrowingCache
 from models.target import Target, load_target
-from tests.tiny import tiny_target
+from tests.tiny import tiny_target, tiny_tokenizer
 
 
 def test_projection_of_the_last_hidden_is_the_models_own_logits(target: Target) -> None:
@@ -16,6 +25,41 @@ def test_projection_of_the_last_hidden_is_the_models_own_logits(target: Target) 
     ours = target.project(features.final_BTd)
     torch.testing.assert_close(ours, target.model(input_ids=tokens).logits)
     torch.testing.assert_close(features.layers[0], target.embed(tokens))
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 2,
+}
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen3Config, Gemma2Config, Gemma3TextConfig])
+def test_the_stream_after_all_layers_is_what_the_final_norm_reads(config_class: Any) -> None:
+    """norm(g_t) = f_t, with and without a cache, and reading it changes nothing else."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_class(**SHAPE))
+    other = Target(model=model, tokenizer=tiny_tokenizer(), name="other")
+    tokens = torch.randint(3, other.vocab_size, (2, 11))
+    plain = other.forward(tokens, layers=(1,))
+    last = other.model.get_decoder().layers[-1]
+    hooks = len(last._forward_hooks)  # transformers leaves its own
+    features = other.forward(tokens, layers=(4, 1))
+    torch.testing.assert_close(features.final_BTd, plain.final_BTd)
+    torch.testing.assert_close(features.layers[1], plain.layers[1])
+    norm = other.model.get_decoder().norm
+    torch.testing.assert_close(norm(features.layers[4]), features.final_BTd)
+    assert not torch.allclose(features.layers[4], features.final_BTd, atol=1e-2)
+    cache = GrowingCache()
+    pieces = [other.forward(t, cache=cache, layers=(4,)) for t in tokens.split([6, 5], dim=1)]
+    joined = torch.cat([piece.layers[4] for piece in pieces], dim=1)
+    torch.testing.assert_close(joined, features.layers[4], rtol=1e-4, atol=1e-5)
+    assert len(last._forward_hooks) == hooks
 
 
 def test_folder_round_trip_keeps_the_fingerprint(target: Target, target_dir: Path) -> None:

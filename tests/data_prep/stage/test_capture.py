@@ -107,9 +107,9 @@ def test_features_are_added_to_tokens_that_are_there(target, tmp_path):
 
 def test_unknown_layers_are_refused(target, tmp_path):
     with pytest.raises(
-        ValueError, match=r"layers=\[4\] names \[4\], but 'tiny-0' has layers 0 .* 3"
+        ValueError, match=r"layers=\[5\] names \[5\], but 'tiny-0' has layers 0 .* 4"
     ):
-        dataset(tmp_path, capture=Capture(layers=[4])).prepare(target)
+        dataset(tmp_path, capture=Capture(layers=[5])).prepare(target)
 
 
 def test_batches_hold_similar_lengths_within_the_budget():
