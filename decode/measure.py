@@ -1,100 +1,19 @@
-"""What a drafter gives: tokens per step, acceptance by depth, time, and what it would take to pay.
+"""Measures what a drafter gives, beside plain decoding and methods that need no training.
 
-One definition each (see also the report, which repeats them):
-    tau       tokens produced per target forward after the prompt, bonus token included
-    alpha_k   share of depth-k drafts accepted, given that depth k was reached
-    speed-up  seconds per token without the drafter / with it: same decoder, same prompts, same run
-    MBSU      tau * c / (c + d), c and d the weight bytes read by one target forward and one draft
-Intervals are 95 % bootstrap intervals over prompts, because tokens of one prompt are dependent.
+Definitions stand in decode/measurement.py.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from decode.bandwidth import count_reads, target_bytes
-from decode.interval import (
-    Estimate,
-    bootstrap,
-    ratio,
-    sum_by_depth,
-    tau_by_category,
-    tau_parts,
-)
-from decode.losslessness import Comparison, compare
+from decode.bandwidth import count_reads
+from decode.baselines.base import Baseline
+from decode.measurement import Measurement, compare_with, summarise
 from decode.prompts import Prompt
 from decode.session import Decoder, Generation
 from decode.verifier.base import Verifier
 from models.drafter.base import Drafter, Policy
 from models.target import Target
-
-
-@dataclass(frozen=True)
-class PromptRecord:
-    """One prompt's answer with the drafter (and, for the last two, without)."""
-
-    id: str
-    category: str | None
-    new_tokens: int
-    rounds: int
-    produced: int
-    nodes: int
-    tested_by_depth: list[int]
-    accepted_by_depth: list[int]
-    prefill_s: float
-    draft_s: float
-    target_s: float
-    verify_s: float
-    total_s: float
-    plain_new_tokens: int | None
-    plain_total_s: float | None
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Everything measured, JSON-able through `as_dict`.
-
-    Milliseconds are per round. `plain_ms` is one round without a drafter: one token. Break-even is
-    the tau at which decoding with this drafter, at these costs, would be as fast as without.
-    `lossless` compares the two answers token by token, when both are greedy.
-    """
-
-    prompts: int
-    tokens: int
-    rounds: int
-    temperature: float
-    top_p: float
-    seed: int
-    max_new_tokens: int
-    shape: str
-    lossy: bool
-    dtype: str
-    device: str
-    tau: Estimate
-    tau_by_category: dict[str, Estimate]
-    alpha_by_depth: list[float]
-    reached_by_depth: list[int]
-    nodes_per_round: float
-    draft_ms: float
-    target_ms: float
-    verify_ms: float
-    plain_ms: float | None
-    plain_target_ms: float | None
-    speedup: Estimate | None
-    tokens_per_s: float
-    plain_tokens_per_s: float | None
-    break_even_tau: float | None
-    mbsu: float
-    target_bytes: int
-    draft_bytes: float
-    lossless: Comparison | None
-    records: list[PromptRecord]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain containers for json."""
-        return asdict(self)
 
 
 def measure(
@@ -109,13 +28,15 @@ def measure(
     top_p: float = 1.0,
     seed: int = 0,
     baseline: bool = True,
+    baselines: Mapping[str, Baseline] | None = None,
     shape: str = "",
     on_prompt: Callable[[int, float], None] | None = None,
 ) -> Measurement:
-    """Decode every prompt with the drafter and, for a baseline, without.
+    """Decode every prompt with the drafter, for a baseline without, and with methods that need no
+    training (`baselines`, each bound to the target).
 
-    Which of the two goes first alternates from prompt to prompt, so that a machine that slows down
-    or speeds up favours neither. `on_prompt(done, tau so far)` reports progress.
+    Which goes first rotates from prompt to prompt, so that a machine that slows down or speeds up
+    favours none. `on_prompt(done, tau so far)` reports progress.
     """
     if not prompts:
         raise ValueError(
@@ -123,110 +44,47 @@ def measure(
             "none (a data set with dataset.holdout=0, plain text) or all are longer than "
             "max_prompt_tokens; raise that or choose another bench."
         )
-    common: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    drafted = Decoder(target=target, drafter=drafter, verifier=verifier, policy=policy, **common)
-    plain = Decoder(target=target, drafter=None, verifier=verifier, policy=None, **common)
-    draft_bytes = warm_up(drafted, plain if baseline else None, drafter, prompts[0])
+    common: dict[str, Any] = {
+        "target": target,
+        "verifier": verifier,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    drafted = Decoder(drafter=drafter, policy=policy, **common)
+    plain = Decoder(drafter=None, policy=None, **common) if baseline else None
+    methods = dict(baselines or {})
+    others = {
+        name: Decoder(drafter=method, policy=None, **common) for name, method in methods.items()
+    }
+    draft_bytes = warm_up(drafted, plain, drafter, prompts[0])
+    for name, method in methods.items():
+        others[name].generate(prompts[0].tokens[:32], max_new_tokens=8, stop_at_eos=False)
+        method.forget()
 
-    records: list[PromptRecord] = []
-    plain_rounds: list[tuple[float, float]] = []
-    answers: list[tuple[Prompt, list[int], list[int]]] = []
+    decoders = [drafted, *([plain] if plain else []), *others.values()]
+    made: dict[Decoder, list[Generation]] = {decoder: [] for decoder in decoders}
     for i, prompt in enumerate(prompts):
-        order = [drafted, plain] if i % 2 == 0 else [plain, drafted]
-        made = {
-            decoder: decoder.generate(prompt.tokens, max_new_tokens=max_new_tokens)
-            for decoder in order
-            if baseline or decoder is drafted
-        }
-        records.append(_record(prompt, made[drafted], made.get(plain)))
-        if baseline:
-            answers.append((prompt, made[drafted].tokens, made[plain].tokens))
-            plain_rounds += [
-                (r.target_s + r.draft_s + r.verify_s, r.target_s) for r in made[plain].rounds
-            ]
+        first = i % len(decoders)
+        for decoder in decoders[first:] + decoders[:first]:
+            made[decoder].append(decoder.generate(prompt.tokens, max_new_tokens=max_new_tokens))
         if on_prompt is not None:
-            on_prompt(i + 1, ratio(records, tau_parts))
+            rounds = [r for answer in made[drafted] for r in answer.rounds]
+            on_prompt(i + 1, sum(r.produced for r in rounds) / max(1, len(rounds)))
 
-    greedy = baseline and temperature == 0.0 and not verifier.lossy
-    rounds = max(1, sum(r.rounds for r in records))
-    tau = bootstrap(records, tau_parts)
-    draft_ms, target_ms, verify_ms = (
-        1000 * sum(getattr(r, part) for r in records) / rounds
-        for part in ("draft_s", "target_s", "verify_s")
-    )
-    plain_ms = plain_target_ms = None
-    if plain_rounds:
-        plain_ms, plain_target_ms = (1000 * float(x) for x in np.mean(plain_rounds, axis=0))
-    reached = [int(n) for n in sum_by_depth([r.tested_by_depth for r in records])]
-    accepted = sum_by_depth([r.accepted_by_depth for r in records])
-    tokens, seconds = sum(r.new_tokens for r in records), sum(r.total_s for r in records)
-    c = target_bytes(target)
-    return Measurement(
-        prompts=len(records),
-        tokens=tokens,
-        rounds=rounds,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        shape=shape or str(getattr(policy, "name", type(policy).__name__)),
-        lossy=verifier.lossy,
-        dtype=str(target.dtype).removeprefix("torch."),
-        device=str(target.device),
-        tau=tau,
-        tau_by_category=tau_by_category(records),
-        alpha_by_depth=[a / r if r else 0.0 for a, r in zip(accepted, reached, strict=True)],
-        reached_by_depth=reached,
-        nodes_per_round=sum(r.nodes for r in records) / rounds,
-        draft_ms=draft_ms,
-        target_ms=target_ms,
-        verify_ms=verify_ms,
-        plain_ms=plain_ms,
-        plain_target_ms=plain_target_ms,
-        speedup=bootstrap(records, _speed_parts) if baseline else None,
-        tokens_per_s=tokens / seconds,
-        plain_tokens_per_s=_plain_rate(records) if baseline else None,
-        break_even_tau=(draft_ms + target_ms + verify_ms) / plain_ms if plain_ms else None,
-        mbsu=tau.value * c / (c + draft_bytes),
-        target_bytes=c,
-        draft_bytes=draft_bytes,
-        lossless=compare(target, answers) if greedy else None,
-        records=records,
-    )
-
-
-def _speed_parts(r: PromptRecord) -> tuple[float, ...]:
-    """Seconds per token without / with: answers may differ in length when they are sampled."""
-    assert r.plain_total_s is not None
-    assert r.plain_new_tokens is not None
-    return r.plain_total_s, r.plain_new_tokens, r.total_s, r.new_tokens
-
-
-def _plain_rate(records: Sequence[PromptRecord]) -> float:
-    seconds = sum(r.plain_total_s or 0.0 for r in records)
-    return sum(r.plain_new_tokens or 0 for r in records) / seconds
-
-
-def _record(prompt: Prompt, made: Generation, plain: Generation | None) -> PromptRecord:
-    deepest = max((r.tested for r in made.rounds), default=0)
-    seconds = made.seconds
-    return PromptRecord(
-        id=prompt.id,
-        category=prompt.category,
-        new_tokens=len(made.tokens),
-        rounds=len(made.rounds),
-        produced=sum(r.produced for r in made.rounds),
-        nodes=sum(r.nodes for r in made.rounds),
-        tested_by_depth=[sum(r.tested > k for r in made.rounds) for k in range(deepest)],
-        accepted_by_depth=[sum(r.accepted > k for r in made.rounds) for k in range(deepest)],
-        prefill_s=made.prefill_s,
-        draft_s=seconds["draft"],
-        target_s=seconds["target"],
-        verify_s=seconds["verify"],
-        total_s=made.total_s,
-        plain_new_tokens=len(plain.tokens) if plain is not None else None,
-        plain_total_s=plain.total_s if plain is not None else None,
-    )
+    about: dict[str, Any] = {
+        "prompts": prompts,
+        "plain": made[plain] if plain else None,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
+    name = shape or str(getattr(policy, "name", type(policy).__name__))
+    found = summarise(drafted, shape=name, draft_bytes=draft_bytes, made=made[drafted], **about)
+    for key, decoder in others.items():
+        name = methods[key].name
+        other = summarise(decoder, shape=name, draft_bytes=0.0, made=made[decoder], **about)
+        found.beside[key] = compare_with(found, other)
+    return found
 
 
 def warm_up(drafted: Decoder, plain: Decoder | None, drafter: Drafter, prompt: Prompt) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from decode.measure import Measurement
+from decode.measurement import Beside, Measurement
 from decode.plot import plot
 
 
@@ -44,8 +44,23 @@ def _rows(m: Measurement) -> list[tuple[str, str, str]]:
         same = f"{m.lossless.identical} of {m.lossless.prompts}"
         rows.append(("identical answers", same, "greedy, with and without the drafter"))
     rows.append(("MBSU", f"{m.mbsu:.2f}", "speed-up if reading weights were the only cost"))
-    rows += [(f"  {name}", str(tau), "tokens per step") for name, tau in m.tau_by_category.items()]
+    for name, other in m.beside.items():
+        rows += [(name, str(other.measured.tau), _beside(other))]
+    for name, tau in m.tau_by_category.items():
+        others = [
+            f"{method} {other.measured.tau_by_category[name].value:.2f}"
+            for method, other in m.beside.items()
+        ]
+        rows.append((f"  {name}", str(tau), "; ".join(["tokens per step", *others])))
     return rows
+
+
+def _beside(other: Beside) -> str:
+    """A method without training in words, and how the drafter compares with it."""
+    m = other.measured
+    speed = "" if m.speedup is None else f", speed-up {m.speedup}"
+    ratios = f"{other.tau_ratio.value:.2f}x the tokens, {other.speed_ratio.value:.2f}x the speed"
+    return f"{m.shape}, no training: tokens per step{speed}; the drafter has {ratios}"
 
 
 def _split(m: Measurement) -> str:

@@ -8,11 +8,15 @@ import torch
 from rich.console import Console
 
 from decode.bandwidth import count_reads, target_bytes
+from decode.baselines.prompt_lookup import PromptLookup
+from decode.baselines.token_recycling import TokenRecycling
 from decode.interval import bootstrap, tau_parts
 from decode.losslessness import Comparison, first_difference
-from decode.measure import Measurement, PromptRecord, _speed_parts, measure
+from decode.measure import measure
+from decode.measurement import Measurement, PromptRecord, _speed_parts
 from decode.prompts import Prompt
 from decode.report import caption, table, write
+from decode.session import Decoder
 from decode.tree.chain import Chain
 from decode.tree.static import StaticTree
 from decode.verifier.greedy import Greedy
@@ -143,6 +147,48 @@ def test_a_measurement_repeats_itself_when_sampling(target: Target) -> None:
     ]
     counts = [[(r.produced, r.accepted_by_depth) for r in m.records] for m in runs]
     assert counts[0] == counts[1]
+
+
+def test_methods_without_training_are_measured_on_the_same_prompts(target: Target) -> None:
+    lookup = PromptLookup(gamma=3).bind(target)
+    recycling = TokenRecycling(nodes=12, depth=3, successors=4).bind(target)
+    m = measure(
+        target=target,
+        drafter=echo(target, noise=0.7),
+        policy=Chain(gamma=3),
+        verifier=Greedy(),
+        prompts=PROMPT_SET,
+        max_new_tokens=25,
+        baselines={"lookup": lookup, "recycling": recycling},
+    )
+    assert list(m.beside) == ["lookup", "recycling"]
+    for name, shape in (("lookup", "lookup3"), ("recycling", "recycling12")):
+        other = m.beside[name]
+        assert other.measured.shape == shape
+        assert [r.id for r in other.measured.records] == [r.id for r in m.records]
+        assert other.measured.lossless is not None
+        assert other.measured.lossless.identical == 4
+        assert other.measured.mbsu == other.measured.tau.value  # no weights are read
+        assert other.measured.plain_ms == m.plain_ms
+        assert other.tau_ratio.value == pytest.approx(m.tau.value / other.measured.tau.value)
+        assert other.speed_ratio.value == pytest.approx(
+            m.tokens_per_s / other.measured.tokens_per_s
+        )
+    # The warm-up on the first prompt taught nothing: a fresh method gives the same counts.
+    decoder = Decoder(
+        target=target,
+        drafter=TokenRecycling(nodes=12, depth=3, successors=4).bind(target),
+        verifier=Greedy(),
+        policy=None,
+    )
+    fresh = [len(decoder.generate(p.tokens, max_new_tokens=25).rounds) for p in PROMPT_SET]
+    assert [r.rounds for r in m.beside["recycling"].measured.records] == fresh
+    console = Console(record=True, width=160, file=StringIO())
+    console.print(table(m, title=caption(m, "set")))
+    text = console.export_text()
+    assert "recycling12, no training" in text
+    assert f"; lookup {m.beside['lookup'].measured.tau_by_category['even'].value:.2f}" in text
+    assert json.loads(json.dumps(m.as_dict()))["beside"]["lookup"]["tau_ratio"]["value"] > 0
 
 
 def test_no_prompts_is_an_error(target: Target) -> None:
