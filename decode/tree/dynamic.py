@@ -6,7 +6,7 @@ Shape legend: N frontier nodes, R ranks, M children, D draft vocabulary.
 import torch
 from torch import Tensor
 
-from decode.tree.ranked import best_first, check_ranks, ranked
+from decode.tree.ranked import best_first, check_ranks, keep_best, ranked
 from models.drafter.base import Children, Drafter, Frontier, Policy
 from models.tree import Tree
 
@@ -86,7 +86,4 @@ class Dynamic(Policy):
 
     def finish(self, tree: Tree) -> Tree:
         """The root and the `nodes` - 1 best of everything drafted."""
-        best = best_first(torch.cat(self._scores), self.nodes - 1)
-        root = best.new_zeros(1)
-        # The scores leave out the root: child i is node i + 1.
-        return tree.keep(torch.cat([root, best.sort().values + 1]))
+        return keep_best(tree, self._scores, self.nodes)

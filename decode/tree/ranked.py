@@ -1,9 +1,12 @@
 """The drafter's best tokens with their log-probabilities, for trees that are grown by score.
 
-Shape legend: N frontier nodes, R ranks, D draft vocabulary.
+Shape legend: N frontier nodes, R ranks, M scores, D draft vocabulary.
 """
 
+import torch
 from torch import Tensor
+
+from models.tree import Tree
 
 
 def ranked(logits_ND: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
@@ -25,6 +28,15 @@ def best_first(scores_M: Tensor, count: int) -> Tensor:
     more, so what is taken by this order holds every parent of what it holds.
     """
     return scores_M.sort(descending=True, stable=True).indices[:count]
+
+
+def keep_best(tree: Tree, scores: list[Tensor], nodes: int) -> Tree:
+    """The root and its `nodes` - 1 best descendants, whose scores are given in tree order."""
+    if not scores:
+        return tree
+    best = best_first(torch.cat(scores), nodes - 1).sort().values
+    # The scores leave out the root: the first of them is node 1.
+    return tree.keep(torch.cat([best.new_zeros(1), best + 1]))
 
 
 def check_ranks(name: str, ranks: int, vocabulary: int) -> None:

@@ -1,4 +1,4 @@
-"""Every deterministic tree with a real family: greedy answers, and the law of sampled ones.
+"""Every tree with a real family: greedy answers, and the law of sampled ones.
 
 A deterministic tree is verified with q one-hot; `tests/decode/test_verifier.py` enumerates that
 rule for fixed trees, this file for trees a policy grows out of a draft.
@@ -13,6 +13,7 @@ from torch import Tensor
 from decode.session import Decoder
 from decode.tree.beam import Beam
 from decode.tree.dynamic import Dynamic
+from decode.tree.dyspec import DySpec
 from decode.verifier.greedy import Greedy
 from decode.verifier.sampling import Sampling
 from models.drafter.base import Policy
@@ -25,6 +26,7 @@ from tests.tiny import tiny_target
 POLICIES: dict[str, Callable[[int], Policy]] = {
     "dynamic": lambda nodes: Dynamic(nodes=nodes, depth=5, top_k=3),
     "beam": lambda nodes: Beam(width=nodes // 3, depth=3),
+    "dyspec": lambda nodes: DySpec(nodes=nodes, depth=3),
 }
 """Each policy with about this many nodes and at most three children a node."""
 
@@ -97,15 +99,19 @@ def test_the_law_is_kept_by_enumeration(shape: str, seed: int) -> None:
     assert law_error(p, vocab, 4, round_) < 1e-12
 
 
-@pytest.mark.parametrize("shape", list(POLICIES))
+@pytest.mark.parametrize("shape", [*POLICIES, "dyspec, sampled"])
 def test_sampled_answers_have_the_targets_law(shape: str) -> None:
     small = tiny_target(3, vocab_size=5)
     temperature, runs, length = 1.3, 200, 3
+    if shape in POLICIES:
+        policy = POLICIES[shape](6)
+    else:
+        policy = DySpec(nodes=6, depth=2, temperature=temperature, seed=1)
     decoder = Decoder(
         target=small,
         drafter=hydra(small, heads=2, draft_vocab=4),
         verifier=Sampling(),
-        policy=POLICIES[shape](6),
+        policy=policy,
         temperature=temperature,
         seed=7,
     )
