@@ -60,6 +60,7 @@ class DecodeConfig:
     bench: Any = MISSING
     tree: Any = MISSING
     verifier: Any = MISSING
+    baselines: Any = None
     replay: Any = None
     temperature: float = 0.0
     top_p: float = 1.0

@@ -11,7 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from conf.check import RUNTIME_NAMES, build, check, friendly_errors
 from conf.console import console, say
 from decode.answers import record
-from decode.measure import Measurement, measure
+from decode.baselines.base import Baseline
+from decode.measure import measure
+from decode.measurement import Measurement
 from decode.prompts import Bench, Prompt
 from decode.replay import ReplayPlan, check_gammas, replay, time_chains
 from decode.replay_report import best_sentence, replay_caption, replay_plot, replay_table
@@ -35,6 +37,9 @@ def decode(cfg: DictConfig) -> int:
     drafter = run.load_drafter(target)
     policy: Any = build(cfg.tree, accuracy_KR=_rank_accuracy(run), **_sampling(cfg))
     verifier: Verifier = build(cfg.verifier)
+    baselines: dict[str, Baseline] = build(cfg.baselines) or {}
+    for method in baselines.values():
+        method.bind(target)
     plan: ReplayPlan | None = build(cfg.replay)
     if plan is not None:
         _check_replay(cfg, plan, policy, verifier, drafter)
@@ -48,7 +53,7 @@ def decode(cfg: DictConfig) -> int:
     if plan is not None:
         _replay(cfg, plan, policy, target, drafter, bench.name, prompts, run.path, facts)
         return 0
-    measured = _measure(cfg, target, drafter, policy, verifier, prompts)
+    measured = _measure(cfg, target, drafter, policy, verifier, prompts, baselines)
     console.print(table(measured, title=caption(measured, bench.name)))
     name = f"{bench.name}-{policy.name}-T{cfg.temperature:g}"
     folder = write(run.path / "decode" / name, measured, bench=bench.name, facts=facts)
@@ -86,6 +91,7 @@ def _check_replay(
         (verifier.lossy, "the verifier is lossy, and it needs answers with the target's law"),
         (verifier.greedy_only and cfg.temperature > 0, "greedy verification is not exact there"),
         (cfg.top_p < 1, f"top_p={cfg.top_p:g}, and it knows the law of plain sampling only"),
+        (bool(cfg.baselines), "baselines, which learn while the decoder runs"),
         (cfg.lossless, "lossless=true compares answers, and it decodes none"),
         (cfg.floor is not None, "floor is for one shape, and it looks at several"),
     ):
@@ -150,6 +156,7 @@ def _measure(
     policy: Policy,
     verifier: Verifier,
     prompts: list[Prompt],
+    baselines: dict[str, Baseline],
 ) -> Measurement:
     columns = (
         TextColumn("decoding"),
@@ -168,6 +175,7 @@ def _measure(
             prompts=prompts,
             max_new_tokens=cfg.max_new_tokens,
             baseline=cfg.baseline,
+            baselines=baselines,
             on_prompt=lambda done, tau: progress.update(task, completed=done, tau=tau),
             **_sampling(cfg),
         )
