@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from decode.chance import Chance
@@ -69,3 +70,25 @@ def check_draws(tree: Tree) -> None:
         f"siblings are said to be drawn with replacement={tree.replacement}, but their rows of q "
         "are not those of such draws"
     )
+
+
+def draft_row(tree: Tree, node: int, like_V: Tensor) -> Tensor:
+    """The law a node was drawn from: its row of q, or one-hot at its token when it was chosen."""
+    if tree.q_NV is not None:
+        return tree.q_NV[node]
+    one_V = torch.zeros_like(like_V)
+    one_V[tree.tokens_N[node]] = 1.0
+    return one_V
+
+
+def excess(p_V: Tensor, q_V: Tensor, weight: float) -> tuple[Tensor, float]:
+    """norm((a p - q)+), the law after a rejected draft, and S / (S + 1 - a), S the mass before.
+
+    a is the chance that the text before the draft may still be kept, 1 in token-level rules.
+    """
+    left_V = (weight * p_V - q_V).clamp_(min=0.0)
+    total = float(left_V.sum())
+    if total <= 0.0:
+        # p = q with a = 1, where rejection has probability 0 up to rounding; or a = 0.
+        return p_V, float(weight >= 1.0)
+    return left_V.div_(total), total / (total + (1.0 - weight))

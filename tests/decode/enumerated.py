@@ -4,9 +4,11 @@ Shape legend: N nodes, D vocabulary.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,29 @@ from decode.tree.sampled import Sampled
 from decode.verifier.base import Verifier
 from models.drafter.base import Drafter, Frontier, Tree
 from tests.decode.toy import Scripted, outcomes, results_error
+
+
+def numpy_tables(seed: int, vocab: int, length: int, sharpness: float) -> dict[tuple, Tensor]:
+    """Random distributions after every prefix, from numpy's generator: documented toys use them."""
+    generator = np.random.default_rng(seed)
+    found = {}
+    for n in range(length + 1):
+        for prefix in product(range(vocab), repeat=n):
+            logits_V = torch.from_numpy(generator.normal(size=vocab) * sharpness)
+            found[prefix] = logits_V.softmax(-1)
+    return found
+
+
+def distributions(sizes: Sequence[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+    """The documented toys of one node: p and q for each (vocabulary, number of siblings)."""
+    generator = np.random.default_rng(0)
+    return [
+        (
+            torch.from_numpy(generator.normal(size=vocab) * 1.5).softmax(-1),
+            torch.from_numpy(generator.normal(size=vocab) * 1.5).softmax(-1),
+        )
+        for vocab, _ in sizes
+    ]
 
 
 class TableDrafter:
