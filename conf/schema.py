@@ -59,6 +59,7 @@ class DecodeConfig:
     run: str = MISSING
     bench: Any = MISSING
     tree: Any = MISSING
+    stop: Any = None
     verifier: Any = MISSING
     baselines: Any = None
     replay: Any = None

@@ -1,5 +1,6 @@
 """`python -m decode run=<run folder> bench=<set>`: what a finished drafter gives."""
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from conf.check import RUNTIME_NAMES, build, check, friendly_errors
 from conf.console import console, say
+from conf.signature import locate
 from decode.answers import record
 from decode.baselines.base import Baseline
 from decode.measure import measure
@@ -18,6 +20,7 @@ from decode.prompts import Bench, Prompt
 from decode.replay import ReplayPlan, check_gammas, replay, time_chains
 from decode.replay_report import best_sentence, replay_caption, replay_plot, replay_table
 from decode.report import caption, table, write, write_folder
+from decode.stop.base import Stop
 from decode.tree.chain import Chain
 from decode.verifier.base import Verifier
 from models.drafter.base import Drafter, Policy
@@ -32,10 +35,12 @@ def decode(cfg: DictConfig) -> int:
     """Measure one run on one benchmark. Returns the exit status: 1 when below the floor."""
     check(cfg, runtime=SUPPLIED)
     _check_lossless(cfg)
+    _check_stop(cfg)
     run = open_run(cfg.run)
     target = run.load_target(cfg.dtype)
     drafter = run.load_drafter(target)
-    policy: Any = build(cfg.tree, accuracy_KR=_rank_accuracy(run), **_sampling(cfg))
+    stop: Stop | None = build(cfg.stop)
+    policy: Any = build(cfg.tree, accuracy_KR=_rank_accuracy(run), stop=stop, **_sampling(cfg))
     verifier: Verifier = build(cfg.verifier)
     baselines: dict[str, Baseline] = build(cfg.baselines) or {}
     for method in baselines.values():
@@ -81,6 +86,16 @@ def _check_lossless(cfg: DictConfig) -> None:
         )
 
 
+def _check_stop(cfg: DictConfig) -> None:
+    if cfg.stop is None:
+        return
+    if "stop" not in inspect.signature(locate(cfg.tree._target_)).parameters:
+        raise ValueError(
+            f"stop={cfg.stop._target_} ends a draft early, but {cfg.tree._target_} has no use for "
+            "it, because its shape is not a chain; use tree=chain, or stop=null."
+        )
+
+
 def _check_replay(
     cfg: DictConfig, plan: ReplayPlan, policy: Policy, verifier: Verifier, drafter: Drafter
 ) -> None:
@@ -92,6 +107,10 @@ def _check_replay(
         (verifier.greedy_only and cfg.temperature > 0, "greedy verification is not exact there"),
         (cfg.top_p < 1, f"top_p={cfg.top_p:g}, and it knows the law of plain sampling only"),
         (bool(cfg.baselines), "baselines, which learn while the decoder runs"),
+        (
+            isinstance(plan, ReplayPlan) and cfg.stop is not None,
+            "stop ends drafts early, and it follows whole chains",
+        ),
         (cfg.lossless, "lossless=true compares answers, and it decodes none"),
         (cfg.floor is not None, "floor is for one shape, and it looks at several"),
     ):

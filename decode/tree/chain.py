@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from decode.chance import SeededChance
+from decode.stop.base import Stop
 from models.drafter.base import Children, Drafter, Frontier, Policy
 from models.sampling import probabilities
 
@@ -17,10 +18,17 @@ class Chain(Policy):
     At temperature 0 each is the drafter's argmax. Otherwise each is drawn from q at the serving
     temperature and nucleus, and q is kept for the verifier's min(1, p/q). `temperature: 0` set in
     the tree's own configuration drafts greedily under a sampling target, which is exact as well.
+    With `stop` a draft may end earlier, behind a token that the rule was not sure of.
     """
 
     def __init__(
-        self, *, gamma: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+        self,
+        *,
+        gamma: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Stop | None = None,
     ) -> None:
         if gamma < 1:
             raise ValueError(
@@ -30,6 +38,7 @@ class Chain(Policy):
         self.gamma = gamma
         self.temperature = temperature
         self.top_p = top_p
+        self.stop = stop
         # A stream apart from the verifier's: the same seed there must not mean the same uniforms.
         self._chance = SeededChance(seed=seed ^ 0x5EED)
         self._one = torch.ones(1)
@@ -39,7 +48,7 @@ class Chain(Policy):
     @property
     def name(self) -> str:
         """The shape in a word, for folders and tables."""
-        return f"chain{self.gamma}"
+        return f"chain{self.gamma}" + (f"-{self.stop.name}" if self.stop else "")
 
     def grow(
         self,
@@ -66,6 +75,8 @@ class Chain(Policy):
             q_MV = drafter.full_distribution(q_ND)
         # The last draft is not extended: that spares the drafter one step.
         expand = self._expand if depth + 1 < self.gamma else ~self._expand
+        if self.stop is not None:
+            expand = expand & ~self.stop.ends(depth, logits_ND)
         return Children(drafter.to_target_ids(drafted), self._parent, draw, expand, q_MV)
 
     def _check(self, drafter: Drafter) -> None:

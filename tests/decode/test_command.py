@@ -131,6 +131,51 @@ def test_methods_without_training_stand_in_the_same_table(
         decode(composed(*common, both, "replay=chains", "replay.gammas=[1]"))
 
 
+def test_drafts_end_where_the_drafter_is_not_sure(run: Path) -> None:
+    common = [f"run={run}", "max_new_tokens=8", "limit=3", "baseline=false", "tree.gamma=3"]
+    assert decode(composed(*common)) == 0
+    assert decode(composed(*common, "stop=confidence", "stop.threshold=1")) == 0
+    found = {}
+    for name in ("heldout-chain3-T0", "heldout-chain3-confidence1-T0"):
+        found[name] = json.loads((run / "decode" / name / "results.json").read_text())
+    whole, ended = found.values()
+    assert whole["nodes_per_round"] == 4
+    # Nothing is certain, so each draft ends behind its first token: the one of the whole drafts.
+    assert ended["nodes_per_round"] == 2
+    assert len(ended["alpha_by_depth"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["tree=static"], "has no use for it"),
+        (["replay=chains", "replay.gammas=[1]"], "stop ends drafts early"),
+    ],
+)
+def test_what_cannot_be_stopped_is_refused(run: Path, overrides: list[str], sentence: str) -> None:
+    cfg = composed(f"run={run}", "stop=confidence", *overrides)
+    with pytest.raises(ValueError, match=sentence):
+        decode(cfg)
+
+
+def test_methods_without_training_stand_in_the_same_table(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = "baselines=[prompt_lookup,token_recycling]"
+    common = [f"run={run}", "max_new_tokens=9", "limit=3", "tree.gamma=1", "dtype=float32"]
+    assert decode(composed(*common, both, "baselines.token_recycling.nodes=9")) == 0
+    shown = capsys.readouterr().err
+    assert "prompt_lookup" in shown
+    assert "token_recycling" in shown
+    made = json.loads((run / "decode" / "heldout-chain1-T0" / "results.json").read_text())
+    assert list(made["beside"]) == ["prompt_lookup", "token_recycling"]
+    measured = made["beside"]["token_recycling"]["measured"]
+    assert measured["shape"] == "recycling9"
+    assert measured["prompts"] == made["prompts"] == 3
+    with pytest.raises(ValueError, match="baselines, which learn"):
+        decode(composed(*common, both, "replay=chains", "replay.gammas=[1]"))
+
+
 def test_a_replay_says_what_the_decoder_says(
     run: Path,
     tmp_path: Path,

@@ -1,0 +1,1 @@
+"""When a draft ends before its full length, one rule a file."""
