@@ -76,6 +76,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"steps": 3, "head": {"_target_": FROZEN}},
         {"steps": 2, "norm_output": True, "feature_layers": [0, 1, 3]},
     ],
+    "clover2": [{"input": "final", "num_layers": 1, "num_heads": 3, "head": {"_target_": OWN}}],
     "hydra_heads": [{"prefix_layer": True, "num_layers": 2}, {"num_heads": 2}],
     "kangaroo": [{"shallow_layers": 3, "head": {"_target_": OWN}}],
     "mlp_speculator": [
