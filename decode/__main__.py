@@ -7,21 +7,20 @@ from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from conf.check import RUNTIME_NAMES, build, check, friendly_errors
 from conf.console import console, say
 from conf.signature import locate
-from decode.answers import record
 from decode.baselines.base import Baseline
 from decode.measure import measure
 from decode.measurement import Measurement
+from decode.progress import progress_bar
 from decode.prompts import Bench, Prompt
-from decode.replay import ReplayPlan, check_gammas, replay, time_chains
-from decode.replay_report import best_sentence, replay_caption, replay_plot, replay_table
-from decode.report import caption, table, write, write_folder
+from decode.replay import ReplayPlan
+from decode.replay_command import check_replay, run_chains, run_trees
+from decode.replay_trees import TreePlan
+from decode.report import caption, table, write
 from decode.stop.base import Stop
-from decode.tree.chain import Chain
 from decode.verifier.base import Verifier
 from models.drafter.base import Drafter, Policy
 from models.run import Run, open_run
@@ -45,9 +44,9 @@ def decode(cfg: DictConfig) -> int:
     baselines: dict[str, Baseline] = build(cfg.baselines) or {}
     for method in baselines.values():
         method.bind(target)
-    plan: ReplayPlan | None = build(cfg.replay)
+    plan: ReplayPlan | TreePlan | None = build(cfg.replay)
     if plan is not None:
-        _check_replay(cfg, plan, policy, verifier, drafter)
+        check_replay(cfg, plan, policy, verifier, drafter)
     bench: Bench = build(cfg.bench, tokenizer=target.tokenizer, dataset_folder=_dataset_folder(run))
     prompts = bench.prompts(limit=cfg.limit, max_prompt_tokens=cfg.max_prompt_tokens)
     facts: dict[str, Any] = {
@@ -56,7 +55,10 @@ def decode(cfg: DictConfig) -> int:
         "config": OmegaConf.to_container(cfg, resolve=True),
     }
     if plan is not None:
-        _replay(cfg, plan, policy, target, drafter, bench.name, prompts, run.path, facts)
+        given = (target, drafter, bench.name, prompts, run.path, facts)
+        if isinstance(plan, TreePlan):
+            return _floor(cfg, run_trees(cfg, plan, policy, *given))
+        run_chains(cfg, plan, policy, *given)
         return 0
     measured = _measure(cfg, target, drafter, policy, verifier, prompts, baselines)
     console.print(table(measured, title=caption(measured, bench.name)))
@@ -68,13 +70,18 @@ def decode(cfg: DictConfig) -> int:
         say(compared.sentence())
         if cfg.lossless and compared.identical < compared.prompts:
             return 1
-    if cfg.floor is not None and measured.tau.value < cfg.floor:
-        say(
-            f"{measured.tau.value:.3f} tokens per step (bonus included) are below the floor of "
-            f"{cfg.floor:g} that was asked for."
-        )
-        return 1
-    return 0
+    return _floor(cfg, measured.tau.value)
+
+
+def _floor(cfg: DictConfig, tau: float) -> int:
+    """The exit status: 1 below the floor that was asked for."""
+    if cfg.floor is None or tau >= cfg.floor:
+        return 0
+    say(
+        f"{tau:.3f} tokens per step (bonus included) are below the floor of {cfg.floor:g} that was "
+        "asked for."
+    )
+    return 1
 
 
 def _check_lossless(cfg: DictConfig) -> None:
@@ -96,78 +103,6 @@ def _check_stop(cfg: DictConfig) -> None:
         )
 
 
-def _check_replay(
-    cfg: DictConfig, plan: ReplayPlan, policy: Policy, verifier: Verifier, drafter: Drafter
-) -> None:
-    """Refuse what a replay cannot say, before the target writes anything."""
-    check_gammas(drafter, plan.gammas)
-    for given, why in (
-        (not isinstance(policy, Chain), "tree is not chain, and it follows chains only"),
-        (verifier.lossy, "the verifier is lossy, and it needs answers with the target's law"),
-        (verifier.greedy_only and cfg.temperature > 0, "greedy verification is not exact there"),
-        (cfg.top_p < 1, f"top_p={cfg.top_p:g}, and it knows the law of plain sampling only"),
-        (bool(cfg.baselines), "baselines, which learn while the decoder runs"),
-        (
-            isinstance(plan, ReplayPlan) and cfg.stop is not None,
-            "stop ends drafts early, and it follows whole chains",
-        ),
-        (cfg.lossless, "lossless=true compares answers, and it decodes none"),
-        (cfg.floor is not None, "floor is for one shape, and it looks at several"),
-    ):
-        if given:
-            raise ValueError(f"A replay was asked for, but {why}; leave one of the two out.")
-
-
-def _replay(
-    cfg: DictConfig,
-    plan: ReplayPlan,
-    chain: Chain,
-    target: Target,
-    drafter: Drafter,
-    bench: str,
-    prompts: list[Prompt],
-    run: Path,
-    facts: dict[str, Any],
-) -> None:
-    recording = record(
-        target,
-        prompts,
-        bench=bench,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        seed=cfg.seed,
-        samples=plan.samples,
-    )
-    timings = None
-    if plan.timed_prompts > 0:
-        say(f"Timing {len(plan.gammas)} chain lengths on {plan.timed_prompts} prompts.")
-        timings = time_chains(
-            target=target,
-            drafter=drafter,
-            gammas=plan.gammas,
-            prompts=prompts[: plan.timed_prompts],
-            temperature=cfg.temperature,
-            draft_temperature=chain.temperature,
-        )
-    made = replay(
-        target=target,
-        drafter=drafter,
-        recording=recording,
-        gammas=plan.gammas,
-        draft_temperature=chain.temperature,
-        timings=timings,
-    )
-    title = replay_caption(made, bench)
-    console.print(replay_table(made, title=title))
-    folder = write_folder(
-        run / "replay" / f"{bench}-T{cfg.temperature:g}",
-        {"bench": bench, **facts, **made.as_dict()},
-        draw=lambda file: replay_plot(made, file, caption=title),
-    )
-    say(best_sentence(made))
-    say(f"Written: {folder / 'results.json'} and plot.png")
-
-
 def _measure(
     cfg: DictConfig,
     target: Target,
@@ -177,15 +112,7 @@ def _measure(
     prompts: list[Prompt],
     baselines: dict[str, Baseline],
 ) -> Measurement:
-    columns = (
-        TextColumn("decoding"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[tau]:.2f} tokens/step"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(prompts), tau=1.0)
+    with progress_bar("decoding", len(prompts)) as on_prompt:
         return measure(
             target=target,
             drafter=drafter,
@@ -195,7 +122,7 @@ def _measure(
             max_new_tokens=cfg.max_new_tokens,
             baseline=cfg.baseline,
             baselines=baselines,
-            on_prompt=lambda done, tau: progress.update(task, completed=done, tau=tau),
+            on_prompt=on_prompt,
             **_sampling(cfg),
         )
 

@@ -1,6 +1,8 @@
 """One picture of a measurement: acceptance by depth, tokens per step by category, time a round."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -8,14 +10,45 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 
-from decode.measure import Measurement
+from decode.interval import Counts, Estimate
 
 INK, QUIET, LINE = "#22272e", "#7a8490", "#dfe3e8"
 BLUE, TEAL, SAND, GREY = "#3b6fb6", "#2a9d8f", "#e0a458", "#b8c0ca"
 MAX_CATEGORIES = 14
 
 
-def plot(m: Measurement, file: Path, *, caption: str) -> None:
+class Pictured(Protocol):
+    """What the picture shows of a measurement or a replay; without `target_ms` no times."""
+
+    @property
+    def tau(self) -> Estimate: ...
+    @property
+    def tau_by_category(self) -> dict[str, Estimate]: ...
+    @property
+    def alpha_by_depth(self) -> list[float]: ...
+    @property
+    def reached_by_depth(self) -> list[int]: ...
+    @property
+    def break_even_tau(self) -> float | None: ...
+    @property
+    def speedup(self) -> Estimate | None: ...
+    @property
+    def lossy(self) -> bool: ...
+    @property
+    def records(self) -> Sequence[Counts]: ...
+    @property
+    def draft_ms(self) -> float: ...
+    @property
+    def target_ms(self) -> float | None: ...
+    @property
+    def verify_ms(self) -> float | None: ...
+    @property
+    def plain_ms(self) -> float | None: ...
+    @property
+    def plain_target_ms(self) -> float | None: ...
+
+
+def plot(m: Pictured, file: Path, *, caption: str) -> None:
     """Draw the picture as a PNG."""
     categories = min(len(m.tau_by_category), MAX_CATEGORIES)
     height = 6.2 + max(0, categories - 7) * 0.24
@@ -38,11 +71,12 @@ def plot(m: Measurement, file: Path, *, caption: str) -> None:
     _headline(figure, m, caption, height)
     _acceptance(figure.add_subplot(grid[0, 0]), m)
     _categories(figure.add_subplot(grid[0, 1]), m)
-    _time(figure.add_subplot(grid[1, :]), m)
+    if m.target_ms is not None and m.verify_ms is not None:
+        _time(figure.add_subplot(grid[1, :]), m, m.target_ms, m.verify_ms)
     figure.savefig(file, dpi=160)
 
 
-def _headline(figure: Figure, m: Measurement, caption: str, height: float) -> None:
+def _headline(figure: Figure, m: Pictured, caption: str, height: float) -> None:
     text = f"{m.tau.value:.2f} tokens per step"
     if m.speedup is not None:
         text += f"   ·   {m.speedup.value:.2f}x the speed of plain decoding"
@@ -52,7 +86,7 @@ def _headline(figure: Figure, m: Measurement, caption: str, height: float) -> No
     figure.text(left, 1 - 0.62 / height, note, fontsize=10, color=QUIET, va="center")
 
 
-def _acceptance(axes: Axes, m: Measurement) -> None:
+def _acceptance(axes: Axes, m: Pictured) -> None:
     """Bars: alpha_k; a bar that few drafts reached is paler."""
     style(axes, "Acceptance by depth", "share of drafts accepted, of those reached")
     depths = range(1, len(m.alpha_by_depth) + 1)
@@ -69,7 +103,7 @@ def _acceptance(axes: Axes, m: Measurement) -> None:
     axes.grid(axis="y", color=LINE, linewidth=0.8)
 
 
-def _categories(axes: Axes, m: Measurement) -> None:
+def _categories(axes: Axes, m: Pictured) -> None:
     """Dots with 95 % intervals; the band is the interval over all prompts. Without categories the
     single prompts are shown instead."""
     kind = "by category" if m.tau_by_category else "each dot a prompt"
@@ -119,7 +153,7 @@ def _categories(axes: Axes, m: Measurement) -> None:
     axes.grid(axis="x", color=LINE, linewidth=0.8)
 
 
-def _time(axes: Axes, m: Measurement) -> None:
+def _time(axes: Axes, m: Pictured, target_ms: float, verify_ms: float) -> None:
     """Stacked bars: where a round's milliseconds go, with and without the drafter."""
     style(
         axes,
@@ -132,9 +166,9 @@ def _time(axes: Axes, m: Measurement) -> None:
         parts = [("target", m.plain_target_ms, BLUE), ("verify", rest, GREY)]
         bars.append(("plain", parts, 1.0))
     parts = [
-        ("target", m.target_ms, BLUE),
+        ("target", target_ms, BLUE),
         ("draft", m.draft_ms, SAND),
-        ("verify", m.verify_ms, GREY),
+        ("verify", verify_ms, GREY),
     ]
     bars.append(("with drafter", parts, m.tau.value))
     longest = max(sum(ms for _, ms, _ in parts) for _, parts, _ in bars)

@@ -17,7 +17,7 @@ from decode.rounds import acceptance, expected_counts
 from decode.session import Decoder
 from decode.tree.chain import Chain
 from decode.verifier.sampling import Sampling
-from models.drafter.base import Drafter
+from models.drafter.base import Drafter, Policy
 from models.target import Target
 
 
@@ -47,12 +47,13 @@ class ReplayRecord:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of a round of one chain length, and of a plain token, by the real decoder."""
+    """Milliseconds of a round of one shape, and of a plain token, by the real decoder."""
 
     draft_ms: float
     target_ms: float
     verify_ms: float
     plain_ms: float
+    plain_target_ms: float | None = None
 
     @property
     def break_even_tau(self) -> float:
@@ -173,8 +174,8 @@ def check_gammas(drafter: Drafter, gammas: Sequence[int]) -> None:
     if getattr(drafter, "thresholds", None) is not None:
         raise ValueError(
             "This drafter drafts from the first exit that is sure enough (thresholds), while its "
-            "training view shows whole exits, so it cannot be replayed; measure it with the "
-            "decoder, or replay it with thresholds null."
+            "training view shows whole exits, so chains cannot be read off it; replay it round by "
+            "round (replay=trees tree.temperature=0), or with thresholds null."
         )
     limit = min(LONGEST, drafter.max_depth or LONGEST)
     if not gammas or min(gammas) < 1 or max(gammas) > limit:
@@ -199,20 +200,41 @@ def time_chains(
     """Time short real decodings of each chain length, plain ones beside them in the same run."""
     check_gammas(drafter, gammas)
     drafts_at = temperature if draft_temperature is None else draft_temperature
-    found = {}
-    for gamma in gammas:
-        m = measure(
-            target=target,
-            drafter=drafter,
-            policy=Chain(gamma=gamma, temperature=drafts_at),
-            verifier=Sampling(),
-            prompts=prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-        )
-        if m.plain_ms is not None:
-            found[gamma] = Timing(m.draft_ms, m.target_ms, m.verify_ms, m.plain_ms)
-    return found
+    shared: Any = {
+        "target": target,
+        "drafter": drafter,
+        "prompts": prompts,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+    }
+    chains = {gamma: Chain(gamma=gamma, temperature=drafts_at) for gamma in gammas}
+    found = {gamma: time_shape(policy=chain, **shared) for gamma, chain in chains.items()}
+    return {gamma: timing for gamma, timing in found.items() if timing is not None}
+
+
+def time_shape(
+    *,
+    target: Target,
+    drafter: Drafter,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    temperature: float = 0.0,
+    max_new_tokens: int = 32,
+) -> Timing | None:
+    """Time short real decodings with one shape and plain ones beside them; None if every answer
+    was over with its first token."""
+    m = measure(
+        target=target,
+        drafter=drafter,
+        policy=policy,
+        verifier=Sampling(),
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
+    if m.plain_ms is None:
+        return None
+    return Timing(m.draft_ms, m.target_ms, m.verify_ms, m.plain_ms, m.plain_target_ms)
 
 
 def count_draft_bytes(

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from decode.plot import BLUE, INK, LINE, QUIET, SAND, TEAL, style
 from decode.replay import ChainResult, Replayed
+from decode.replay_trees import TreeReplayed
 
 
 def replay_table(r: Replayed, *, title: str) -> Table:
@@ -80,6 +81,45 @@ def best_sentence(r: Replayed) -> str:
     return (
         f"No chain pays here: the best, gamma={best.gamma}, gives {best.tau} tokens per step and "
         f"needs {best.break_even_tau:.2f} to break even ({best.speedup}x predicted)."
+    )
+
+
+def tree_table(r: TreeReplayed, *, title: str) -> Table:
+    """The headline numbers of one shape, each with its definition, as of a real decoding."""
+    out = Table(title=title, title_style="bold", show_header=False, padding=(0, 1))
+    out.add_column(style="cyan", no_wrap=True)
+    out.add_column(justify="right", no_wrap=True)
+    out.add_column(style="dim")
+    alphas = "  ".join(f"{a:.2f}" for a in r.alpha_by_depth)
+    verified = f"{r.nodes_per_round:.0f} tokens verified a round; lossless acceptance"
+    out.add_row("tokens per step", str(r.tau), "per target forward, bonus token included")
+    out.add_row("acceptance by depth", alphas, "share accepted of those reached")
+    out.add_row("draft", r.shape, verified)
+    out.add_row("drafting", f"{r.drafting_ms:.1f} ms", f"per round, over {r.rounds:,} rounds")
+    t = r.timing
+    if t is not None:
+        whole = t.draft_ms + t.target_ms + t.verify_ms
+        split = (
+            f"draft {t.draft_ms:.1f} + target {t.target_ms:.1f} + verification and bookkeeping "
+            f"{t.verify_ms:.1f}, of short real decodings"
+        )
+        out.add_row("time per round", f"{whole:.1f} ms", split)
+        out.add_row("plain decoding", f"{t.plain_ms:.1f} ms", "per token, same decoder, same run")
+        out.add_row("break-even", f"{t.break_even_tau:.2f}", "tokens per step for a speed-up of 1")
+        out.add_row("predicted speed-up", str(r.speedup), "tokens per step / break-even")
+    out.add_row("MBSU", f"{r.mbsu:.2f}", "speed-up if reading weights were the only cost")
+    for name, tau in r.tau_by_category.items():
+        out.add_row(f"  {name}", str(tau), "tokens per step")
+    return out
+
+
+def tree_caption(r: TreeReplayed, bench: str) -> str:
+    """What the numbers were computed on."""
+    how = "greedy" if r.temperature == 0 else f"T={r.temperature:g}"
+    answers = f" x {r.samples} answers" if r.samples > 1 else ""
+    return (
+        f"{bench}: {r.prompts} prompts{answers}, {r.tokens} tokens, {how}, {r.shape} replayed, "
+        f"seed {r.seed}, {r.dtype} on {r.device}"
     )
 
 

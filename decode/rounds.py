@@ -24,7 +24,8 @@ while fewer than max_new_tokens tokens are known, and may run past them; what it
 counts, as in decode/session.py. At temperature 0 all probabilities are 0 or 1 and the counts are
 those of the decoder; otherwise they are its expected counts given the answers.
 
-Not covered: nucleus sampling (top_p < 1), trees, lossy verifiers, drafters that stop by themselves.
+Not covered: nucleus sampling (top_p < 1), lossy verifiers. Trees, and drafters that stop or leave
+by themselves, are walked round by round (decode/walk.py).
 In bf16 a batched forward may break near-ties of logits otherwise than the decoder's.
 
 Shape legend: K depths, A answers, J answer tokens, B sequences, T positions, N rows, D draft
@@ -57,7 +58,7 @@ def acceptance(
     accept_KAJ = np.zeros((depths, len(answers), longest))
     for batch, tokens_BT in padded_batches([a.text for a in answers]):
         tokens_BT = tokens_BT.to(target.device)
-        features = _features(target, drafter, tokens_BT)
+        features = read_features(target, drafter, tokens_BT)
         views = list(drafter.unroll_to(features, tokens_BT, depths))
         recurrent = _check_views(views, depths)
         for k in range(depths):
@@ -123,7 +124,7 @@ def expected_counts(
     ]
 
 
-def _features(target: Target, drafter: Drafter, tokens_BT: Tensor) -> Features:
+def read_features(target: Target, drafter: Drafter, tokens_BT: Tensor) -> Features:
     """What the drafter may read of the target: nothing (width 0) when it reads tokens only."""
     if not drafter.reads_features:
         return Features(torch.empty(*tokens_BT.shape, 0, device=tokens_BT.device))
