@@ -37,6 +37,7 @@ from tests.tiny import tiny_target
 NOT_FAMILIES = {"__init__", "base", "blocks", "load"}
 OWN, TIED = "models.head.own.OwnHead", "models.head.tied.TiedHead"
 FROZEN = "models.head.frozen.FrozenHead"
+LOW_RANK = {"_target_": "models.head.low_rank.LowRankHead", "rank": 16}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "medusa": [{"num_layers": 3}, {"head": {"_target_": "models.head.frozen.FrozenHead"}}],
     "causal_lm": [
@@ -66,6 +67,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "draft_vocab_size": 64,
         },
         {"lora": {"r": 4}, "head": {"_target_": OWN}},
+        {"head": LOW_RANK, "draft_vocab_size": 64},
     ],
     "sorted_lm": [
         {"num_layers": 2, "exits": [1, 2], "embedding": "own", "head": {"_target_": TIED}},
@@ -75,9 +77,15 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "eagle3": [
         {"steps": 3, "head": {"_target_": FROZEN}},
         {"steps": 2, "norm_output": True, "feature_layers": [0, 1, 3]},
+        {"steps": 2, "head": LOW_RANK},
     ],
+    "chimera": [{"num_heads": 3, "head": {"_target_": FROZEN}}],
     "clover2": [{"input": "final", "num_layers": 1, "num_heads": 3, "head": {"_target_": OWN}}],
-    "hydra_heads": [{"prefix_layer": True, "num_layers": 2}, {"num_heads": 2}],
+    "hydra_heads": [
+        {"prefix_layer": True, "num_layers": 2},
+        {"num_heads": 2},
+        {"num_heads": 2, "head": LOW_RANK},
+    ],
     "kangaroo": [{"shallow_layers": 3, "head": {"_target_": OWN}}],
     "mlp_speculator": [
         {"tie_weights": False, "scale_input": False, "inner_dim": 48},
