@@ -4,6 +4,7 @@ Definitions stand in decode/measurement.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from decode.bandwidth import count_reads
@@ -11,7 +12,11 @@ from decode.baselines.base import Baseline
 from decode.measurement import Measurement, compare_with, summarise
 from decode.prompts import Prompt
 from decode.session import Decoder, Generation
+from decode.siblings import SiblingWatch
 from decode.verifier.base import Verifier
+from decode.verifier.block import Block
+from decode.verifier.sampling import Sampling
+from decode.verifier.spectr import SpecTr
 from models.drafter.base import Drafter, Policy
 from models.target import Target
 
@@ -46,21 +51,26 @@ def measure(
         )
     common: dict[str, Any] = {
         "target": target,
-        "verifier": verifier,
         "temperature": temperature,
         "top_p": top_p,
         "seed": seed,
     }
-    drafted = Decoder(drafter=drafter, policy=policy, **common)
-    plain = Decoder(drafter=None, policy=None, **common) if baseline else None
+    watch = None if verifier.lossy else SiblingWatch(verifier)
+    drafted = Decoder(drafter=drafter, policy=policy, verifier=watch or verifier, **common)
+    plain = Decoder(drafter=None, policy=None, verifier=verifier, **common) if baseline else None
     methods = dict(baselines or {})
+    # Methods without training choose their drafts, and some rules judge drawn ones only.
+    judge = Sampling() if isinstance(verifier, Block | SpecTr) else verifier
     others = {
-        name: Decoder(drafter=method, policy=None, **common) for name, method in methods.items()
+        name: Decoder(drafter=method, policy=None, verifier=judge, **common)
+        for name, method in methods.items()
     }
     draft_bytes = warm_up(drafted, plain, drafter, prompts[0])
     for name, method in methods.items():
         others[name].generate(prompts[0].tokens[:32], max_new_tokens=8, stop_at_eos=False)
         method.forget()
+    if watch is not None:
+        watch.take(discard=True)
 
     decoders = [drafted, *([plain] if plain else []), *others.values()]
     made: dict[Decoder, list[Generation]] = {decoder: [] for decoder in decoders}
@@ -68,6 +78,8 @@ def measure(
         first = i % len(decoders)
         for decoder in decoders[first:] + decoders[:first]:
             made[decoder].append(decoder.generate(prompt.tokens, max_new_tokens=max_new_tokens))
+        if watch is not None:
+            watch.take()
         if on_prompt is not None:
             rounds = [r for answer in made[drafted] for r in answer.rounds]
             on_prompt(i + 1, sum(r.produced for r in rounds) / max(1, len(rounds)))
@@ -84,7 +96,7 @@ def measure(
         name = methods[key].name
         other = summarise(decoder, shape=name, draft_bytes=0.0, made=made[decoder], **about)
         found.beside[key] = compare_with(found, other)
-    return found
+    return found if watch is None else replace(found, siblings=watch.result())
 
 
 def warm_up(drafted: Decoder, plain: Decoder | None, drafter: Drafter, prompt: Prompt) -> float:

@@ -19,6 +19,7 @@ from decode.interval import Estimate, bootstrap, sum_by_depth, tau_by_category, 
 from decode.losslessness import Comparison, compare
 from decode.prompts import Prompt
 from decode.session import Decoder, Generation
+from decode.siblings import Siblings
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Measurement:
     Milliseconds are per round. `plain_ms` is one round without a drafter: one token. Break-even is
     the tau at which decoding with this drafter, at these costs, would be as fast as without.
     `lossless` compares the two answers token by token, when both are greedy. `beside` holds what
-    methods without training gave on the same prompts in the same run.
+    methods without training gave on the same prompts in the same run. `siblings` is there when the
+    drafts at the root were sampled and more than one.
     """
 
     prompts: int
@@ -83,6 +85,7 @@ class Measurement:
     lossless: Comparison | None
     records: list[PromptRecord]
     beside: dict[str, "Beside"] = field(default_factory=dict)
+    siblings: Siblings | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers for json."""

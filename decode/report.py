@@ -31,6 +31,7 @@ def _rows(m: Measurement) -> list[tuple[str, str, str]]:
     rows = [
         ("tokens per step", str(m.tau), "per target forward, bonus token included"),
         ("acceptance by depth", alphas, "share accepted of those reached"),
+        *_siblings(m),
         ("draft", m.shape, f"{m.nodes_per_round:.0f} tokens verified a round; {rule}"),
         ("time per round", f"{m.draft_ms + m.target_ms + m.verify_ms:.1f} ms", _split(m)),
     ]
@@ -53,6 +54,15 @@ def _rows(m: Measurement) -> list[tuple[str, str, str]]:
         ]
         rows.append((f"  {name}", str(tau), "; ".join(["tokens per step", *others])))
     return rows
+
+
+def _siblings(m: Measurement) -> list[tuple[str, str, str]]:
+    """What the rule accepts of the root's siblings, beside what any lossless rule could."""
+    if m.siblings is None:
+        return []
+    most = "the most" if m.siblings.replacement else "at most what"
+    meaning = f"of the root's siblings; {most} any lossless rule could is {m.siblings.optimum}"
+    return [("accepted at once", str(m.siblings.rule), meaning)]
 
 
 def _beside(other: Beside) -> str:
