@@ -183,12 +183,12 @@ class FeatureDrafter(Drafter):
         super().__init__(
             hidden_size=hidden_size, vocab_size=vocab_size, draft_vocab_size=draft_vocab_size
         )
+        self.steps = steps
         if steps < 1:
             raise ValueError(
                 f"drafter.steps={steps} must be at least 1: it is the number of drafts in a row "
                 "that training unrolls."
             )
-        self.steps = steps
         self.lm_head = build_head(
             head, hidden_size=hidden_size, vocab_size=draft_vocab_size or vocab_size
         )

@@ -80,7 +80,9 @@ class _ByBlock(Weighting):
     """Base of weightings along a block."""
 
     def check(self, drafter: Drafter) -> None:
-        if drafter.num_depths < 2 or drafter.max_depth is None:
+        # A recurrent drafter of tokens has exits, not drafts, for depths.
+        recurrent = drafter.max_depth is None and not drafter.reads_features
+        if drafter.num_depths < 2 or recurrent:
             raise ValueError(
                 f"weighting {type(self).__name__} weighs the drafts made from one position against "
                 f"each other, but {type(drafter).__name__} is trained on one draft a position "
@@ -100,9 +102,8 @@ class _ByBlock(Weighting):
             counts_KM[k, state_n] = True
         return self._weigh(depths, value_KM, counts_KM)
 
-    @staticmethod
     @abstractmethod
-    def _value(rows: Rows) -> Tensor:
+    def _value(self, rows: Rows) -> Tensor:
         """What is looked at in a row, in [0, 1]; slots that do not count have 1."""
 
     @abstractmethod
@@ -131,8 +132,7 @@ class DPace(_ByBlock):
             )
         self.smooth = smooth
 
-    @staticmethod
-    def _value(rows: Rows) -> Tensor:
+    def _value(self, rows: Rows) -> Tensor:
         label_q_n = rows.logq_ND.gather(-1, rows.label_N.clamp(min=0)[:, None])[:, 0].exp()
         return torch.where(rows.label_N >= 0, label_q_n, torch.zeros_like(label_q_n))
 
@@ -146,15 +146,24 @@ class DPace(_ByBlock):
 class ValidPrefix(_ByBlock):
     """Loss up to and including the first draft error of a block, nothing behind it.
 
-    Slot k counts iff the drafts of all slots before it, j < k, are right: the draft's most likely
-    token is the label. What comes behind an error is never accepted. (SpecBlock's valid prefix;
-    accept-until-fail, arXiv 2607.01893.) Slots that do not count in the loss break nothing.
+    Slot k counts iff the drafts of all slots before it, j < k, are right: the label is among the
+    draft's `top` most likely tokens. What comes behind an error is never accepted. (SpecBlock's
+    valid prefix and accept-until-fail, arXiv 2607.01893: top 1; GRIFFIN's token alignment,
+    arXiv 2502.11018: top 3.) Slots that do not count in the loss break nothing.
     """
 
-    @staticmethod
-    def _value(rows: Rows) -> Tensor:
+    def __init__(self, *, top: int = 1) -> None:
+        if top < 1:
+            raise ValueError(
+                f"weighting.top={top} must be at least 1: a draft is right if the label is among "
+                "that many of its most likely tokens."
+            )
+        self.top = top
+
+    def _value(self, rows: Rows) -> Tensor:
         label_logq_n = rows.logq_ND.gather(-1, rows.label_N.clamp(min=0)[:, None])[:, 0]
-        return ((label_logq_n >= rows.logq_ND.amax(-1)) & (rows.label_N >= 0)).float()
+        lowest_n = rows.logq_ND.topk(min(self.top, rows.logq_ND.shape[-1])).values[:, -1]
+        return ((label_logq_n >= lowest_n) & (rows.label_N >= 0)).float()
 
     def _weigh(self, depths: Sequence[Depth], value_KM: Tensor, counts_KM: Tensor) -> list[Depth]:
         right_KM = value_KM.cumprod(0) > 0

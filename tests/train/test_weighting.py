@@ -3,6 +3,7 @@
 Shape legend: B sequences, N states, K depths, d hidden size.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,17 @@ def test_valid_prefix_keeps_an_earlier_mask() -> None:
     mask[0, 3] = False
     found = counted(ValidPrefix(), block_situation(chances, mask_BN=mask))
     assert found == [[0, 1, 2, 4], [1]]
+
+
+def test_valid_prefix_may_take_any_of_the_most_likely_tokens() -> None:
+    """Every label of depth 0 is its second choice, and of depth 1 its first."""
+    situation = block_situation([[0.3] * 5, [0.9] * 4])
+    for t in range(5):
+        situation.depths[0].states_BNd[0, t, t] = math.log(0.6)  # token t before the label t + 2
+    assert counted(ValidPrefix(top=1), situation) == [[0, 1, 2, 3, 4], []]
+    assert counted(ValidPrefix(top=2), situation) == [[0, 1, 2, 3, 4], [0, 1, 2, 3]]
+    with pytest.raises(ValueError, match="at least 1"):
+        ValidPrefix(top=0)
 
 
 # --- AdaSPEC --------------------------------------------------------------------------------------
@@ -221,6 +233,8 @@ def test_one_draft_a_position_is_no_block(target: Target, weighting: Weighting) 
     weighting.check(toy.medusa(target))
 
     class OneDepth(type(toy.medusa(target))):
+        reads_features = False
+
         @property
         def max_depth(self) -> int | None:
             return None

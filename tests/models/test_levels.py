@@ -1,0 +1,94 @@
+"""Attention over levels: the pattern, the joined softmax, and the blocks of a GPU.
+
+Shape legend: B sequences, T positions, H query heads, G key heads, c head size, K levels.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.levels import Levels, attend_levels, block_mask, visible
+
+
+def _random(K: int, T: int = 11, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor]]:
+    """Queries of the last level, then the keys and the values of all levels."""
+    torch.manual_seed(0)
+    B, H, G, c = 2, 6, 2, 8
+    tensors = [torch.randn(B, H if i == 0 else G, T, c, dtype=dtype) for i in range(1 + 2 * K)]
+    for tensor in tensors:
+        tensor.requires_grad_()
+    return tensors[0], tensors[1:]
+
+
+def _dense(queries: Tensor, keys: list[Tensor], values: list[Tensor], scale: float) -> Tensor:
+    """The definition: every score of every level, hidden ones at -inf, one softmax."""
+    K, T = len(keys), queries.shape[2]
+    row, key = torch.arange(T)[:, None], torch.arange(K * T)[None]
+    seen = visible(row, K - 1, key % T, key // T)
+    repeat = queries.shape[1] // keys[0].shape[1]
+    k = torch.cat(keys, dim=2).repeat_interleave(repeat, dim=1)
+    v = torch.cat(values, dim=2).repeat_interleave(repeat, dim=1)
+    scores = (queries @ k.mT * scale).masked_fill(~seen, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def test_the_pattern_of_a_small_case() -> None:
+    """Row 1 of 3 at level 2 sees verified rows 0 and 1, and itself at levels 1 and 2."""
+    seen = [[bool(visible(1, 2, row, level)) for row in range(3)] for level in range(4)]
+    assert seen == [
+        [True, True, False],
+        [False, True, False],
+        [False, True, False],
+        [False, False, False],  # a level after the query's own
+    ]
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 7])
+def test_equals_the_dense_softmax_gradients_too(K: int) -> None:
+    queries, both = _random(K)
+    found = attend_levels(queries, both[:K], both[K:], 0.3)
+    expected = _dense(queries, both[:K], both[K:], 0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    outer = torch.randn_like(expected)
+    ours = torch.autograd.grad(found, [queries, *both], outer)
+    theirs = torch.autograd.grad(expected, [queries, *both], outer)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_bf16_is_as_near_as_bf16_can_be() -> None:
+    queries, both = _random(4, T=200, dtype=torch.float32)
+    expected = _dense(queries, both[:4], both[4:], 0.3)
+    small = [t.bfloat16() for t in both]
+    with torch.no_grad():
+        found = attend_levels(queries.bfloat16(), small[:4], small[4:], 0.3)
+        assert found.dtype == torch.bfloat16
+        assert float((found.float() - expected).abs().max()) < 0.03
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("K", [2, 4])
+def test_the_blocks_of_flex_attention_are_the_same_pattern(K: int) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    queries, both = _random(K, T=150, dtype=torch.float32)
+    queries, both = queries.detach(), [t.detach() for t in both]
+    mask = block_mask(150, K, torch.device("cpu"))
+    with torch.no_grad():
+        k, v = torch.cat(both[:K], dim=2), torch.cat(both[K:], dim=2)
+        found = flex_attention(queries, k, v, block_mask=mask, scale=0.3, enable_gqa=True)
+        expected = _dense(queries, both[:K], both[K:], 0.3)
+    assert isinstance(found, Tensor)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_of_size_levels_times_positions_squared_is_kept() -> None:
+    """What the backward pass keeps of a level: its own queries, keys, values, output and sums."""
+    T, kept = 256, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        levels = Levels()
+        for _ in range(5):
+            queries, (keys, values) = _random(1, T=T)
+            levels.update(keys, values, 0)
+            levels.attend(queries, 0.3)
+    assert max(t.numel() for t in kept) == 2 * 6 * T * 8  # [B, H, T, c]
