@@ -39,7 +39,15 @@ def decode(cfg: DictConfig) -> int:
     target = run.load_target(cfg.dtype)
     drafter = run.load_drafter(target)
     stop: Stop | None = build(cfg.stop)
-    policy: Any = build(cfg.tree, accuracy_KR=_rank_accuracy(run), stop=stop, **_sampling(cfg))
+    policy: Any = build(
+        cfg.tree,
+        accuracy_KR=_rank_accuracy(run),
+        target=target,
+        drafter=drafter,
+        run_dir=run.path,
+        stop=stop,
+        **_sampling(cfg),
+    )
     verifier: Verifier = build(cfg.verifier)
     baselines: dict[str, Baseline] = build(cfg.baselines) or {}
     for method in baselines.values():

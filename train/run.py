@@ -315,10 +315,18 @@ def _decode(
     if not prompts:
         say("The validation split holds no prompt to decode: tokens per step were not measured.")
         return {}
-    policy: Any = build(settings.tree, accuracy_KR=accuracy, temperature=0.0)
+    drafter = load_drafter(run_dir / "drafter", target).to(target.dtype)
+    policy: Any = build(
+        settings.tree,
+        accuracy_KR=accuracy,
+        target=target,
+        drafter=drafter,
+        run_dir=run_dir,
+        temperature=0.0,
+    )
     measured = measure(
         target=target,
-        drafter=load_drafter(run_dir / "drafter", target).to(target.dtype),
+        drafter=drafter,
         policy=policy,
         verifier=Sampling(),
         prompts=prompts,

@@ -122,6 +122,17 @@ def best_tree(accuracy_KR: Sequence[Sequence[float]], nodes: int) -> TreeShape:
     return TreeShape(tuple(paths))
 
 
+def needed(accuracy_KR: Sequence[Sequence[float]] | None, tree: str) -> Sequence[Sequence[float]]:
+    """The accuracies a tree is built from; an error that says what to do when there are none."""
+    if accuracy_KR is None:
+        raise ValueError(
+            f"tree={tree} needs the run's rank_accuracy.json and this run has none, because the "
+            "best shape follows from how often each rank is right at each depth; finish the "
+            "training run (it measures them on the validation split), or use tree=chain."
+        )
+    return accuracy_KR
+
+
 class StaticTree(Policy):
     """Drafts of one fixed shape: each node gets the drafter's best tokens by rank.
 
@@ -130,14 +141,11 @@ class StaticTree(Policy):
     """
 
     def __init__(self, *, nodes: int, accuracy_KR: Sequence[Sequence[float]] | None) -> None:
-        if accuracy_KR is None:
-            raise ValueError(
-                "tree=static needs the run's rank_accuracy.json and this run has none, because the "
-                "best shape follows from how often each rank is right at each depth; finish the "
-                "training run (it measures them on the validation split), or use tree=chain."
-            )
-        self.shape = best_tree(accuracy_KR, nodes)
-        self._levels = list(self.shape.levels)
+        self._plan(best_tree(needed(accuracy_KR, "static"), nodes))
+
+    def _plan(self, shape: TreeShape) -> None:
+        self.shape = shape
+        self._levels = list(shape.levels)
         self._ones = [torch.ones(len(level.ranks_M)) for level in self._levels]
 
     @property

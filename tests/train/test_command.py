@@ -181,3 +181,10 @@ def test_losses_are_numbers(recipe: Recipe, tmp_path: Path) -> None:
     assert float(row["train/loss"]) == pytest.approx(total, rel=1e-5)
     assert total > 4 * 0.5 * math.log(2)
     assert torch.isfinite(torch.tensor(total))
+
+
+@pytest.mark.parametrize("tree", ["sequoia", "dynamic"])
+def test_a_run_ends_with_any_tree(recipe: Recipe, tmp_path: Path, tree: str) -> None:
+    run_dir = recipe.run(tmp_path / "run", f"tree@final_decode.tree={tree}")
+    assert [f.name for f in (run_dir / "decode").glob(f"heldout-{tree}*-T0")]
+    assert (run_dir / "decode" / "cost.json").is_file() == (tree == "sequoia")
