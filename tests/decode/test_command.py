@@ -21,6 +21,9 @@ from models.target import Target
 ROOT = Path(__file__).parents[2]
 HEAD = {"_target_": "models.head.own.OwnHead"}
 EVAL = ROOT.parent / "shared" / "data" / "eval"
+FITTED = {"chain": ["tree.gamma=3"], "sampled": ["tree.widths=[2,2,1]"]}
+"""Settings a tree needs for three heads."""
+TREES = sorted(path.stem for path in (ROOT / "conf" / "tree").glob("*.yaml"))
 BENCHES = sorted(path.stem for path in (ROOT / "conf" / "bench").glob("*.yaml"))
 
 
@@ -80,6 +83,20 @@ def test_held_out_prompts_end_before_the_first_learned_token(run: Path) -> None:
     assert len(HeldOut(dataset_folder=folder).prompts(limit=2, max_prompt_tokens=None)) == 2
     with pytest.raises(ValueError, match="name another bench"):
         HeldOut(dataset_folder=run).prompts(limit=None, max_prompt_tokens=None)
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_every_tree_of_the_configuration_decodes(run: Path, tree: str, temperature: float) -> None:
+    given = [f"run={run}", f"tree={tree}", f"temperature={temperature}", "limit=1"]
+    greedy = "lossless=true" if temperature == 0.0 else "baseline=false"
+    before = set((run / "decode").glob("*"))
+    assert decode(composed(*given, "max_new_tokens=10", greedy, *FITTED.get(tree, []))) == 0
+    new = [f for f in (run / "decode").glob("*") if f not in before and f.is_dir()]
+    results = json.loads((new[0] / "results.json").read_text())
+    assert results["nodes_per_round"] > 1
+    assert len(results["reached_by_depth"]) <= 3
+    assert tree != "sequoia" or (run / "decode" / "cost.json").is_file()
 
 
 def test_the_command_reports_and_keeps_to_the_floor(run: Path) -> None:
