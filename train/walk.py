@@ -15,7 +15,7 @@ d hidden size, D draft vocabulary, S uniform numbers of a row or statistics of a
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -184,6 +184,13 @@ class Piece:
             gradients.add(bias, self.dz_nD.sum(0, dtype=torch.float32))
 
 
+def narrowed(depth: Depth) -> Depth:
+    """The depth with the states that its head's matrix multiplies. What came before is left to
+    autograd: it is small, and outside of the walk."""
+    states = depth.head.narrow(depth.states_BNd)
+    return depth if states is depth.states_BNd else replace(depth, states_BNd=states)
+
+
 class Walk:
     """Chunks of a lesson's teacher positions, with the rows of every depth that they teach."""
 
@@ -198,9 +205,12 @@ class Walk:
     ) -> None:
         self.lesson, self.loss, self.projection = lesson, loss, projection
         self.chunk_rows = chunk_rows
-        self.taught = [Taught.of(depth, lesson, loss) for depth in depths]
         by_head = {id(depth.head): depth.head.matrix() for depth in depths}
         self.matrices = [by_head[id(depth.head)] for depth in depths]
+        self.taught = [
+            Taught.of(depth if matrix is None else narrowed(depth), lesson, loss)
+            for depth, matrix in zip(depths, self.matrices, strict=True)
+        ]
         self.cast: dict[int, Tensor] = {}
 
     def trained(self) -> list[Tensor]:

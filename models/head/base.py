@@ -22,8 +22,12 @@ class Head(nn.Module, ABC):
     def forward(self, states: Tensor) -> Tensor:
         """Draft logits of `states`."""
 
+    def narrow(self, states: Tensor) -> Tensor:
+        """What `matrix` multiplies: the states, unless a head makes them narrower first."""
+        return states
+
     def matrix(self) -> tuple[Tensor, Tensor | None] | None:
-        """(W, b) where the logits are exactly `states W^T + b`; None for every other head.
+        """(W, b) where the logits are exactly `narrow(states) W^T + b`; None for other heads.
 
         The loss then multiplies itself and adds gradients in place, without a copy of W's size.
         """

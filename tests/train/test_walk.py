@@ -15,6 +15,7 @@ import train.walk
 from models.drafter.base import Depth
 from models.head import Head
 from models.head.frozen import FrozenHead
+from models.head.low_rank import LowRankHead
 from models.head.own import OwnHead
 from models.target import Target
 from tests.train import toy
@@ -51,7 +52,7 @@ NAMES = [f"{i}-{type(loss).__name__}" for i, loss in enumerate(EVERY)]
 SHIFTS = (1, 2)
 
 
-class LowRankHead(Head):
+class CurvedHead(Head):
     """Not a plain matrix: differentiated by autograd."""
 
     def __init__(self, *, hidden_size: int, vocab_size: int) -> None:
@@ -88,7 +89,9 @@ class Case:
         elif head == "shared":
             self.heads = [OwnHead(**sizes, bias=True)] * 2
         elif head == "low_rank":
-            self.heads = [LowRankHead(**sizes) for _ in SHIFTS]
+            self.heads = [LowRankHead(**sizes, rank=8) for _ in SHIFTS]
+        elif head == "curved":
+            self.heads = [CurvedHead(**sizes) for _ in SHIFTS]
         else:
             self.heads += [OwnHead(**sizes) for _ in SHIFTS]
             for own in self.heads:
@@ -158,7 +161,7 @@ def test_every_loss_under_bf16_autocast(target: Target, loss: RowLoss, head: str
     assert Case(target, head=head).compare(loss, bf16=True) < 1e-2
 
 
-@pytest.mark.parametrize("head", ["own", "shared", "frozen", "low_rank"])
+@pytest.mark.parametrize("head", ["own", "shared", "frozen", "low_rank", "curved"])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
 def test_every_kind_of_head(target: Target, head: str, bf16: bool, chunk_rows: int) -> None:
