@@ -67,7 +67,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "draft_vocab_size": 64,
         },
         {"lora": {"r": 4}, "head": {"_target_": OWN}},
-        {"head": LOW_RANK, "draft_vocab_size": 64},
+        {"head": LOW_RANK},
     ],
     "sorted_lm": [
         {"num_layers": 2, "exits": [1, 2], "embedding": "own", "head": {"_target_": TIED}},
