@@ -21,6 +21,7 @@ from decode.chance import SeededChance
 from decode.verifier.base import TargetLaw, Verifier
 from models.cache import GrowingCache
 from models.drafter.base import Drafter, Policy, Tree
+from models.lm_state import additive, has_window
 from models.sampling import probabilities
 from models.split import SharedLayers
 from models.target import Features, Target
@@ -223,6 +224,11 @@ class Decoder:
             # A node stands right behind its parent: siblings share a position.
             positions_BN = past + tree.depths_N[None]
             mask = tree_mask(parents, past, self.target.dtype, self.target.device)
+            if has_window(self.target.config):
+                # Layers that only look a few positions back.
+                at_K = torch.cat([torch.arange(past, device=mask.device), positions_BN[0]])
+                config, dtype = self.target.config, self.target.dtype
+                mask = additive(mask[0, 0] == 0, positions_BN[0], at_K, config, dtype)
         if self._shared is not None:
             return self._shared.verify(tree, attention_mask=mask, positions_BT=positions_BN)
         return self.target.forward(

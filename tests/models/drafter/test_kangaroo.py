@@ -13,7 +13,9 @@ from torch import Tensor
 
 from decode.bandwidth import count_reads
 from decode.session import Decoder
+from decode.stop.confidence import Confidence
 from decode.tree.chain import Chain
+from decode.tree.dynamic import Dynamic
 from decode.tree.static import StaticTree
 from decode.verifier.sampling import Sampling
 from models.drafter.base import Children, Drafter, Frontier, Policy
@@ -21,6 +23,8 @@ from models.drafter.kangaroo import Kangaroo
 from models.split import SplitTarget
 from models.target import Target
 from models.tree import Tree
+from tests.models.test_split import ARCHITECTURES
+from tests.models.test_split import make as make_target
 from tests.tiny import tiny_target
 
 FROZEN = {"_target_": "models.head.frozen.FrozenHead"}
@@ -141,6 +145,8 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "one": lambda: Chain(gamma=1),
     "static": lambda: StaticTree(nodes=14, accuracy_KR=ACCURACY),
     "pruned": Pruned,
+    "dynamic": lambda: Dynamic(nodes=12, depth=4, top_k=4),
+    "stopped": lambda: Chain(gamma=5, stop=Confidence(threshold=0.3)),
 }
 
 
@@ -152,7 +158,7 @@ def count_tokens(target: Target, layer: int) -> tuple[list[int], Any]:
     return seen, hook
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("shape", list(POLICIES))
 def test_every_layer_sees_every_token_once(target: Target, shape: str, layers: int) -> None:
     """Prompt and nodes: the shallow layers too, though drafter and verifier both need them."""
@@ -171,10 +177,10 @@ def test_every_layer_sees_every_token_once(target: Target, shape: str, layers: i
         read = [sum(seen) for seen, _ in counted]
         verified = len(prompt) + sum(r.nodes for r in made.rounds)
         assert read[layers:] == [verified] * (4 - layers)
-        if shape == "pruned":  # nodes that were extended and then left out have cost something
-            assert read[0] > verified
-        else:
-            assert read[:layers] == [verified] * layers
+        # Nodes that were extended and then left out of the tree have cost something.
+        left_out = read[0] - verified
+        assert read[:layers] == [verified + left_out] * layers
+        assert left_out > 0 if shape == "pruned" else left_out == 0 or shape == "dynamic"
     assert accepted > 0, "nothing was accepted, so nothing was kept"
 
 
@@ -201,33 +207,42 @@ def test_the_decoder_reads_the_features_of_a_fresh_forward(target: Target, shape
 @pytest.mark.parametrize("shape", list(POLICIES))
 def test_drafts_are_the_same_with_and_without_a_shared_cache(target: Target, shape: str) -> None:
     """Round after round: what the drafter remembers, and what the target has put away."""
-    drafter = make(target)
-    trees: list[tuple[list[int], Tree]] = []
-    own = {"propose": drafter.propose}
+    drafter, trees = make(target), []
     decoder = Decoder(target=target, drafter=drafter, verifier=Sampling(), policy=POLICIES[shape]())
-    text = list(PROMPTS[0])
-    made = decoder.generate(text, max_new_tokens=1, stop_at_eos=False).tokens
+    text, propose = PROMPTS[0], drafter.propose
 
-    def noted(state: Any, root: Tensor, policy: Policy) -> Tree:
-        tree = own["propose"](state, root, policy)
-        trees.append(([], tree))
-        return tree
+    def noted(*given: Any) -> Tree:
+        trees.append(propose(*given))
+        return trees[-1]
 
     drafter.propose = noted  # type: ignore[method-assign]
     made = decoder.generate(text, max_new_tokens=20, stop_at_eos=False)
-    drafter.propose = own["propose"]  # type: ignore[method-assign]
     known = [*text, made.tokens[0]]
     at = 1
-    for (_, shared), done in zip(trees, made.rounds, strict=True):
+    for shared, done in zip(trees, made.rounds, strict=True):
         tokens_1T = torch.tensor([known])
         features = target.forward(tokens_1T[:, :-1], layers=(2,))
         state = drafter.start(features, tokens_1T)
-        alone = drafter.propose(state, tokens_1T[0, -1:], POLICIES[shape]())
+        alone = propose(state, tokens_1T[0, -1:], POLICIES[shape]())
         assert torch.equal(alone.tokens_N, shared.tokens_N)
         known += made.tokens[at : at + done.produced]
         at += done.produced
         if at >= len(made.tokens):
             break
+
+
+@pytest.mark.parametrize("shape", ["chain", "static", "dynamic"])
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_every_architecture_decodes_as_without_a_drafter(name: str, shape: str) -> None:
+    """Texts longer than the windows of layers that have one; each layer reads each node once."""
+    target = make_target(ARCHITECTURES[name]())
+    drafter = make(target)
+    plain = Decoder(target=target, drafter=None, verifier=Sampling(), policy=None)
+    decoder = Decoder(target=target, drafter=drafter, verifier=Sampling(), policy=POLICIES[shape]())
+    for prompt in PROMPTS[:2]:
+        truth = plain.generate(prompt, max_new_tokens=16, stop_at_eos=False).tokens
+        made = decoder.generate(prompt, max_new_tokens=16, stop_at_eos=False)
+        assert made.tokens == truth
 
 
 def test_a_draft_that_was_not_verified_is_forgotten(target: Target) -> None:
