@@ -97,16 +97,17 @@ class Sampled(Policy):
 
     def _one_by_one(self, q_ND: Tensor, width: int) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
         """The same for draws without replacement, where every one is the first of its kind."""
-        drawn, drawn_from, exists = [], [], []
-        for _ in range(width):
-            drawn_N1 = self._chance.draws(q_ND, 1)
-            drawn.append(drawn_N1)
+        drawn: list[Tensor] = []
+        drawn_from, exists = [], []
+        for i in range(width):
+            if i > 0:
+                left_ND = q_ND.scatter(1, drawn[-1], 0.0)
+                total_N1 = left_ND.sum(-1, keepdim=True)
+                # Nothing is left once the whole nucleus is drawn: q stays 0, and there are no more.
+                q_ND = left_ND / total_N1.where(total_N1 > 0.0, 1.0)
+            drawn.append(self._chance.draws(q_ND, 1))
             drawn_from.append(q_ND)
             exists.append(q_ND.any(-1, keepdim=True))
-            left_ND = q_ND.scatter(1, drawn_N1, 0.0)
-            total_N1 = left_ND.sum(-1, keepdim=True)
-            # Nothing is left once the whole nucleus is drawn: q stays 0, and there are no more.
-            q_ND = left_ND / total_N1.where(total_N1 > 0.0, 1.0)
         exists_NS = torch.cat(exists, dim=1)
         return torch.cat(drawn, dim=1), drawn_from, exists_NS, exists_NS
 

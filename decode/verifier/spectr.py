@@ -10,8 +10,8 @@ from decode.chance import Chance
 from decode.verifier.base import TargetLaw, Verdict, check_draws, children_of, draft_row
 from models.drafter.base import Tree
 
-STEPS = 40
-"""Halvings of [1, k]: rho is then as close to its root as a double needs."""
+STEPS = 24
+"""Halvings of [1, k]: rho is then within k / 2^24 of its root, and never below it."""
 
 
 class SpecTr:
