@@ -147,6 +147,25 @@ class StudyConfig:
     dtype: str | None = None
 
 
+@dataclass
+class TrimConfig:
+    """`python -m scripts.trim`"""
+
+    name: str = "trim"
+    run: str = MISSING
+    bench: Any = MISSING
+    sizes: list[int] = MISSING
+    data: list[str] = MISSING
+    size: int | None = None
+    gamma: int = 4
+    limit: int | None = None
+    max_new_tokens: int = 64
+    max_prompt_tokens: int | None = None
+    seed: int = 0
+    dtype: str | None = None
+    out: str | None = None
+
+
 def register() -> None:
     """Make the schemas known to Hydra as `train_schema`, `data_prep_schema`, ..."""
     store = ConfigStore.instance()
@@ -156,6 +175,7 @@ def register() -> None:
     store.store(name="export_schema", node=ExportConfig)
     store.store(name="online_schema", node=OnlineConfig)
     store.store(name="study_schema", node=StudyConfig)
+    store.store(name="trim_schema", node=TrimConfig)
 
 
 register()
