@@ -130,8 +130,8 @@ def best_sentence(found: Trimming) -> str:
     if best is whole:
         return (
             f"No size pays: as trained, {whole.size:,} tokens give an MBSU of {whole.mbsu:.3f}; "
-            f"the best trimmed one has {max(row.mbsu for row in found.rows):.3f}. Nothing is written "
-            "unless size= names one."
+            f"the best trimmed one has {max(row.mbsu for row in found.rows):.3f}. Nothing is "
+            "written unless size= names one."
         )
     return (
         f"Best by MBSU: the {best.size:,} most frequent tokens of {best.data}, {best.mbsu:.3f} "
