@@ -25,8 +25,13 @@ from models.drafter.base import Children, Drafter, Frontier, Policy
 from models.target import Target
 from models.tree import Tree
 
-CONTEXT, STEPPED, REPEATS = 256, (1, 4, 16), 3
-"""Tokens before the first timed round; how many nodes a step is timed with; rounds of each size."""
+CONTEXT = 256
+"""Tokens before the first timed round."""
+READ, STEPPED, DEPTHS = (2, 8, 16, 32, 64, 128), (1, 12), 3
+"""Sizes that are timed: nodes read, nodes stepped, and depths (later ones cost what the last
+does)."""
+REPEATS = 4
+"""Tokens written for each combination of nodes read and stepped: two to four rounds."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +121,11 @@ def measure_cost(*, target: Target, drafter: Drafter, nodes: int, depth: int) ->
     The context is random tokens: time does not depend on which. Medians over rounds; a larger size
     never costs less than a smaller one.
     """
-    read = sorted({2, 4, 8, 16, 32, 64, 128, nodes} & set(range(2, nodes + 1)))
+    read = sorted({size for size in READ if size < nodes} | {nodes})
+    depth = min(depth, 1 + DEPTHS)
     sizes = [(size, rows) for rows in STEPPED for size in read]
-    rounds = REPEATS * len(sizes)
-    # A round gives two tokens at most, and the prompt's forward one.
-    new = 2 * rounds + 1
+    # A round gives one token or two, and the prompt's forward one.
+    new = REPEATS * len(sizes) + 1
     length = min(CONTEXT, int(target.config.max_position_embeddings) - new)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, target.vocab_size, (max(1, length),), generator=generator).tolist()

@@ -71,16 +71,18 @@ def test_steps_are_timed_by_depth_and_rows(target: Target, monkeypatch: pytest.M
     monkeypatch.setattr(module, "CONTEXT", 8)
     drafter = Slow(hidden_size=target.hidden_size, vocab_size=target.vocab_size)
     drafter.bind(target)
-    cost = measure_cost(target=target, drafter=drafter, nodes=8, depth=3)
-    assert list(cost.target_ms) == [2, 4, 8]
+    cost = measure_cost(target=target, drafter=drafter, nodes=9, depth=3)
+    assert list(cost.target_ms) == [2, 8, 9]
     assert list(cost.target_ms.values()) == sorted(cost.target_ms.values())
-    assert [list(depth) for depth in cost.draft_ms] == [[1, 4, 16]] * 2
+    assert [list(depth) for depth in cost.draft_ms] == [[1, 12]] * 2
     for depth in cost.draft_ms:
         assert depth[1] >= 3.0
-        assert depth[4] >= 6.0
-        assert depth[16] >= 18.0
+        assert depth[12] >= 14.0
     # The step at the root belongs to every round.
     assert cost.round_ms >= 30.0
+    deep = measure_cost(target=target, drafter=drafter, nodes=2, depth=9)
+    assert len(deep.draft_ms) == module.DEPTHS
+    assert list(deep.target_ms) == [2]
 
 
 def test_a_measurement_is_kept_and_read_again(
