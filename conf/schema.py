@@ -148,6 +148,28 @@ class StudyConfig:
 
 
 @dataclass
+class FamiliesConfig:
+    """`python -m scripts.families`"""
+
+    name: str = "families"
+    runs: list[str] = MISSING
+    out: str = MISSING
+    measure: bool = True
+    benches: Any = MISSING
+    shapes: Any = None
+    baselines: Any = None
+    gamma: int | None = None
+    temperatures: list[float] = MISSING
+    samples: int = 1
+    limit: int | None = None
+    max_new_tokens: int = 64
+    max_prompt_tokens: int | None = None
+    timed_prompts: int = 0
+    seed: int = 0
+    dtype: str | None = None
+
+
+@dataclass
 class TrimConfig:
     """`python -m scripts.trim`"""
 
@@ -176,6 +198,7 @@ def register() -> None:
     store.store(name="online_schema", node=OnlineConfig)
     store.store(name="study_schema", node=StudyConfig)
     store.store(name="trim_schema", node=TrimConfig)
+    store.store(name="families_schema", node=FamiliesConfig)
 
 
 register()

@@ -10,6 +10,7 @@ from typing import Any
 
 from decode.answers import Recorded, Recording
 from decode.bandwidth import target_bytes
+from decode.baselines.base import Baseline
 from decode.interval import Estimate, bootstrap, sum_by_depth, tau_by_category, tau_parts
 from decode.measure import warm_up
 from decode.replay import Timing
@@ -109,17 +110,22 @@ class TreeReplayed:
 def replay_tree(
     *,
     target: Target,
-    drafter: Drafter,
-    policy: Policy,
+    drafter: Drafter | Baseline,
+    policy: Policy | None,
     recording: Recording,
     timing: Timing | None = None,
     on_prompt: Callable[[int, float], None] | None = None,
 ) -> TreeReplayed:
-    """Walk along every recorded answer. `on_prompt(done, tau so far)` reports progress."""
+    """Walk along every recorded answer. `on_prompt(done, tau so far)` reports progress.
+
+    A method without training has no policy: its drafts have a shape of their own.
+    """
     first = recording.answers[0].prompt
     check_draft(target, drafter, policy, first.tokens)
-    decoder = Decoder(target=target, drafter=drafter, verifier=Sampling(), policy=policy)
-    draft_bytes = warm_up(decoder, None, drafter, first)
+    draft_bytes = 0.0
+    if isinstance(drafter, Drafter):
+        decoder = Decoder(target=target, drafter=drafter, verifier=Sampling(), policy=policy)
+        draft_bytes = warm_up(decoder, None, drafter, first)
     records: list[TreeRecord] = []
     limit, samples = recording.max_new_tokens, recording.samples
     for start in range(0, len(recording.answers), samples):
@@ -146,7 +152,7 @@ def replay_tree(
         temperature=recording.temperature,
         seed=recording.seed,
         max_new_tokens=limit,
-        shape=str(getattr(policy, "name", type(policy).__name__)),
+        shape=drafter.name if isinstance(drafter, Baseline) else getattr(policy, "name", ""),
         dtype=str(target.dtype).removeprefix("torch."),
         device=str(target.device),
         tau=tau,

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from decode.answers import Recording, chunks, padded_batches
+from decode.baselines.base import Baseline
 from models.drafter.base import Depth, Drafter
 from models.target import Features, Target
 
@@ -124,7 +125,7 @@ def expected_counts(
     ]
 
 
-def read_features(target: Target, drafter: Drafter, tokens_BT: Tensor) -> Features:
+def read_features(target: Target, drafter: Drafter | Baseline, tokens_BT: Tensor) -> Features:
     """What the drafter may read of the target: nothing (width 0) when it reads tokens only."""
     if not drafter.reads_features:
         return Features(torch.empty(*tokens_BT.shape, 0, device=tokens_BT.device))

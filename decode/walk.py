@@ -32,16 +32,20 @@ rounding: in bf16 a near-tie of the drafter's logits may break otherwise). The d
 round by round through `start`, `extend` and `propose`, so whatever it or its policy does between
 (leave early, stop when unsure, choose nodes) is replayed too, and its time is that of decoding.
 
-Not covered: sampled drafts, nucleus sampling (top_p < 1), lossy verifiers.
+Not covered: sampled drafts, nucleus sampling (top_p < 1), lossy verifiers, and methods that learn
+from the target's answer to refused drafts (Token Recycling).
 
 Shape legend: B sequences (always 1), T positions.
 """
 
 import time
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from decode.answers import LONGEST, Recorded
+from decode.baselines.base import Baseline
 from decode.rounds import read_features
 from decode.session import Round
 from decode.verifier.base import children_of
@@ -51,7 +55,12 @@ from models.target import Target
 
 @torch.inference_mode()
 def walk(
-    target: Target, drafter: Drafter, policy: Policy, answer: Recorded, *, max_new_tokens: int
+    target: Target,
+    drafter: Drafter | Baseline,
+    policy: Policy | None,
+    answer: Recorded,
+    *,
+    max_new_tokens: int,
 ) -> list[Round]:
     """The rounds along one answer; `draft_s` is real, the target's and the verifier's time 0.
 
@@ -69,7 +78,7 @@ def walk(
     i = 1
     while i < min(n, max_new_tokens):
         begin = _now(device)
-        tree = drafter.propose(state, text_1T[0, start + i - 1 : start + i], policy)
+        tree = _propose(drafter, state, text_1T[0, start + i - 1 : start + i], policy)
         drafted_s = _now(device) - begin
         _check_tree(tree)
         accepted, more = _follow(tree, y[i:])
@@ -98,13 +107,27 @@ def walk(
     return rounds
 
 
-def check_draft(target: Target, drafter: Drafter, policy: Policy, prompt: list[int]) -> None:
+def check_draft(
+    target: Target, drafter: Drafter | Baseline, policy: Policy | None, prompt: list[int]
+) -> None:
     """Refuse, on the first tokens of a prompt, drafts that a walk cannot follow."""
+    if isinstance(drafter, Baseline) and type(drafter).read is not Baseline.read:
+        raise ValueError(
+            f"{type(drafter).__name__} learns from what the target says to drafts that it refuses, "
+            "which recorded answers do not hold; decode with it, without replay."
+        )
     text_1T = torch.tensor([[*prompt[:8], prompt[0]]], device=target.device)
     with torch.inference_mode():
         features = read_features(target, drafter, text_1T)
         state = drafter.start(features[:, :-1], text_1T)
-        _check_tree(drafter.propose(state, text_1T[0, -1:], policy))
+        _check_tree(_propose(drafter, state, text_1T[0, -1:], policy))
+
+
+def _propose(drafter: Drafter | Baseline, state: Any, root: Tensor, policy: Policy | None) -> Tree:
+    if isinstance(drafter, Baseline):
+        return drafter.propose(state, root)
+    assert policy is not None, "a drafter and a policy come together"
+    return drafter.propose(state, root, policy)
 
 
 def _follow(tree: Tree, tokens: list[int]) -> tuple[int, bool]:
