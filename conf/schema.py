@@ -27,6 +27,7 @@ class TrainConfig:
     vocab_from: str | None = None
     loss: Any = MISSING
     depth_decay: float = 1.0
+    mask_lag: int = 0
     teacher: Any = MISSING
     onpolicy: Any = None
     weighting: Any = None

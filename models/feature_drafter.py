@@ -28,6 +28,9 @@ from models.head import Head, build_head
 from models.levels import MEMORY_ATTENTION, Levels
 from models.target import Features, Target
 
+MEASURED_DEPTHS = 5
+"""Depths that validation measures at least: drafts get worse with every depth beyond training."""
+
 
 class FeatureLayer(nn.Module):
     """A Llama decoder layer that leaves the norms of its input to the family.
@@ -216,6 +219,10 @@ class FeatureDrafter(Drafter):
     @property
     def max_depth(self) -> None:
         return None
+
+    @property
+    def measured_depths(self) -> int:
+        return max(self.steps, MEASURED_DEPTHS)
 
     def head(self, depth: int) -> Head:
         return self.lm_head

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from models.drafter.base import Depth
 from train.losses import TargetLogits, TargetRows
@@ -67,11 +68,18 @@ def make_lesson(
     logz_BT: Tensor | None,
     draft_ids_D: Tensor | None,
     vocab_size: int,
+    mask_lag: int = 0,
 ) -> Lesson:
-    """Pick the positions u whose next token x_{u+1} is to be learned."""
+    """Pick the positions u whose next token x_{u+1} is to be learned.
+
+    With `mask_lag` n they are those with learn[u+1-n], as in released code whose mask is n
+    positions late: it leaves out the first n tokens to learn of an answer and counts the n tokens
+    behind its end, if they exist.
+    """
     B, T = tokens_BT.shape
+    lagged_BT = F.pad(learn_BT, (mask_lag, 0))[:, :T]  # at v: learn[v-n]
     counts_BT = torch.zeros_like(learn_BT, dtype=torch.bool)
-    counts_BT[:, :-1] = learn_BT[:, 1:]
+    counts_BT[:, :-1] = lagged_BT[:, 1:]
     index_U = counts_BT.flatten().nonzero()[:, 0]
     # index_U never points at the last position of a sequence, so + 1 stays in the same one.
     label_U = draft_labels(tokens_BT.flatten()[index_U + 1], draft_ids_D, vocab_size)

@@ -76,10 +76,11 @@ class Tally:
         """a_k(r): share of positions whose label is the draft's rank-r token at depth k."""
         return (self.rank_KR / self.count_K.clamp(min=1)[:, None]).tolist()
 
-    def summary(self, depth_decay: float) -> dict[str, float]:
-        """Named numbers. The loss weighs depths and normalises as in training."""
+    def summary(self, depth_decay: float, *, trained: int | None = None) -> dict[str, float]:
+        """Named numbers. The loss is that of training: the first `trained` depths, weighted."""
         count_K = self.count_K.clamp(min=1)
         weights_K = depth_decay ** torch.arange(len(count_K), device=count_K.device)
+        weights_K[len(weights_K) if trained is None else trained :] = 0.0
         numbers = {
             "loss": float((weights_K * self.loss_K / count_K).sum()),
             "tau": 1.0 + float(self.chain[1] / self.chain[0].clamp(min=1)),
@@ -98,10 +99,14 @@ class Tally:
 
 
 def drafted_ranks(tally: Tally, drafter: Drafter) -> list[list[float]]:
-    """a_k(r) of the draft depths a tree may use. A recurrent family is served by its last depth,
-    whose teacher-forced ranks stand for every draft of a chain."""
+    """a_k(r) of the draft depths a tree may use. Without a longest draft the last one measured
+    stands for all deeper ones; a drafter of tokens alone is served by its last exit at every depth.
+    """
     ranks_KR = tally.rank_accuracy()
-    return [ranks_KR[-1]] * UNLIMITED_CHAIN if drafter.max_depth is None else ranks_KR
+    if drafter.max_depth is not None:
+        return ranks_KR
+    measured_KR = ranks_KR if drafter.reads_features else ranks_KR[-1:]
+    return measured_KR + [measured_KR[-1]] * (UNLIMITED_CHAIN - len(measured_KR))
 
 
 @torch.no_grad()

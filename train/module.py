@@ -40,6 +40,7 @@ class DraftModule(LightningModule):
         make_optimizer: Callable[[list[dict[str, Any]]], Optimizer],
         make_scheduler: Callable[[Optimizer], LRScheduler],
         depth_decay: float = 1.0,
+        mask_lag: int = 0,
         chunk_rows: int | None = None,
         seed: int = 0,
         onpolicy: OnPolicy | None = None,
@@ -50,6 +51,8 @@ class DraftModule(LightningModule):
         self.teacher = teacher
         self.loss = loss
         self.depth_decay = depth_decay
+        self.mask_lag = mask_lag
+        _check_mask_lag(mask_lag, teacher)
         self.chunk_rows = chunk_rows or rows_per_chunk(
             drafter.draft_vocab_size or drafter.vocab_size, drafter.num_depths
         )
@@ -61,7 +64,7 @@ class DraftModule(LightningModule):
         if onpolicy is not None:
             check_drafter(drafter)
         self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
-        self.tally = Tally.empty(drafter.num_depths, torch.device("cpu"), bracket=teacher.bracket)
+        self.tally = self._empty_tally(torch.device("cpu"))
         self.validated_step: int | None = None
         self._step_sums: list[Tensor] = []
         teacher.set_vocab(drafter.draft_ids_D)
@@ -78,10 +81,12 @@ class DraftModule(LightningModule):
             logz_BT=logz_BT,
             draft_ids_D=self.drafter.draft_ids_D,
             vocab_size=self.drafter.vocab_size,
+            mask_lag=self.mask_lag if self.training else 0,
         )
         if batch.signal is not None:
             lesson = replace(lesson, target=self.teacher.stored(batch.signal))
-        depths = list(self.drafter.unroll(features, batch.tokens_BT))
+        count = self.drafter.num_depths if self.training else self.drafter.measured_depths
+        depths = list(self.drafter.unroll_to(features, batch.tokens_BT, count))
         if self.training and self.weighting is not None:
             depths = self.weighting(
                 Situation(depths, lesson, self.teacher, self.chunk_rows, features, batch.tokens_BT)
@@ -191,8 +196,15 @@ class DraftModule(LightningModule):
 
     # --- validation ------------------------------------------------------------------------------
 
+    def _empty_tally(self, device: torch.device) -> Tally:
+        return Tally.empty(self.drafter.measured_depths, device, bracket=self.teacher.bracket)
+
+    def validation_numbers(self) -> dict[str, float]:
+        """What the last validation measured; the loss is that of the trained depths."""
+        return self.tally.summary(self.depth_decay, trained=self.drafter.num_depths)
+
     def on_validation_epoch_start(self) -> None:
-        self.tally = Tally.empty(self.drafter.num_depths, self.device, bracket=self.teacher.bracket)
+        self.tally = self._empty_tally(self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         depths, lesson = self.prepare(batch)
@@ -213,7 +225,7 @@ class DraftModule(LightningModule):
         if self.trainer.world_size > 1:
             for total in self.tally.tensors():
                 total.copy_(self.trainer.strategy.reduce(total, reduce_op="sum"))  # type: ignore[arg-type]
-        numbers = {f"val/{k}": v for k, v in self.tally.summary(self.depth_decay).items()}
+        numbers = {f"val/{k}": v for k, v in self.validation_numbers().items()}
         # Validating again (the best drafter, at the end) is not one more point of the curve.
         self._log(numbers, step=self.global_step, log=self.validated_step != self.global_step)
         self.validated_step = self.global_step
@@ -251,6 +263,19 @@ class DraftModule(LightningModule):
         """By the global norm. (Lightning refuses fused optimizers here, for fp16's sake.)"""
         if gradient_clip_val:
             nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+
+def _check_mask_lag(mask_lag: int, teacher: Teacher) -> None:
+    if mask_lag < 0:
+        raise ValueError(
+            f"mask_lag={mask_lag} must not be negative: it says how many positions the mask of the "
+            "tokens to learn lags behind the labels (0: not at all)."
+        )
+    if mask_lag and teacher.signal is not None:
+        raise ValueError(
+            f"mask_lag={mask_lag} counts positions behind the answers, but this teacher stores "
+            f"'{teacher.signal}' for the tokens to learn alone; use mask_lag=0 or teacher=auto."
+        )
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:

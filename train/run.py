@@ -163,6 +163,7 @@ def _assemble(
         teacher=teacher,
         loss=loss,
         depth_decay=cfg.depth_decay,
+        mask_lag=cfg.get("mask_lag", 0),  # runs from before it existed go on
         seed=cfg.seed,
         onpolicy=onpolicy,
         weighting=build(cfg.weighting, target=target),
@@ -299,7 +300,7 @@ def _finish(job: _Job, run_dir: Path) -> dict[str, Any]:
             run_dir / "rank_accuracy.json",
             {"accuracy": ranks, "positions": int(tally.count_K[0])},
         )
-    numbers = job.module.tally.summary(job.module.depth_decay)
+    numbers = job.module.validation_numbers()
     return {"step": keeper.best_step if keeper else last, "val": numbers}
 
 

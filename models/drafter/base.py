@@ -138,6 +138,11 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
         """Longest draft this family can make; None when there is no limit."""
         return self.num_depths
 
+    @property
+    def measured_depths(self) -> int:
+        """How many depths validation looks at: more than are trained, where `unroll_to` goes on."""
+        return self.num_depths
+
     @abstractmethod
     def unroll(self, features: Features, tokens_BT: Tensor) -> Iterator[Depth]:
         """Training view: every position and depth at once, true tokens fed (teacher forcing).

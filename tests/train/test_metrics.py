@@ -1,3 +1,6 @@
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from models.target import Target
 from tests.train import toy
 from train.chunked import Lesson, make_lesson, rows_of
 from train.losses import ForwardKL
-from train.metrics import Tally, chain_lengths, tally_batch
+from train.metrics import Tally, chain_lengths, drafted_ranks, tally_batch
 
 
 def lesson_of(learned: list[int], length: int) -> Lesson:
@@ -137,3 +140,25 @@ def test_overlap_of_a_reduced_vocabulary_counts_full_mass(target: Target) -> Non
 
 def test_empty_tally_divides_by_nothing() -> None:
     assert Tally.empty(2, torch.device("cpu")).summary(1.0)["tau"] == 1.0
+
+
+def test_ranks_of_drafters_without_a_longest_draft() -> None:
+    """Measured depths, then the last one for all deeper ones; exits are no depths."""
+    tally = Tally.empty(2, torch.device("cpu"))
+    tally.count_K += 10
+    tally.rank_KR[:, 0] = torch.tensor([8.0, 6.0])
+    feeding_back: Any = SimpleNamespace(max_depth=None, reads_features=True)
+    found = [row[0] for row in drafted_ranks(tally, feeding_back)]
+    assert found == pytest.approx([0.8] + [0.6] * 7)
+    exits: Any = SimpleNamespace(max_depth=None, reads_features=False)
+    assert [row[0] for row in drafted_ranks(tally, exits)] == pytest.approx([0.6] * 8)
+    heads: Any = SimpleNamespace(max_depth=2, reads_features=True)
+    assert [row[0] for row in drafted_ranks(tally, heads)] == pytest.approx([0.8, 0.6])
+
+
+def test_the_loss_is_that_of_the_trained_depths() -> None:
+    tally = Tally.empty(3, torch.device("cpu"))
+    tally.count_K += 10
+    tally.loss_K += torch.tensor([10.0, 20.0, 40.0])
+    assert tally.summary(0.5)["loss"] == pytest.approx(1 + 1 + 1)
+    assert tally.summary(0.5, trained=2)["loss"] == pytest.approx(1 + 1)
