@@ -5,13 +5,17 @@ Shape legend: T positions, H heads, c channels of a head, d hidden size.
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from data_prep.prompts import Prompt
+from decode.answers import record
 from decode.bandwidth import count_reads
+from decode.replay import replay
 from decode.session import Decoder
 from decode.stop.confidence import Confidence
 from decode.tree.chain import Chain
@@ -205,30 +209,55 @@ def test_the_decoder_reads_the_features_of_a_fresh_forward(target: Target, shape
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", list(POLICIES))
-def test_drafts_are_the_same_with_and_without_a_shared_cache(target: Target, shape: str) -> None:
+def test_states_are_the_same_with_and_without_a_shared_cache(target: Target, shape: str) -> None:
     """Round after round: what the drafter remembers, and what the target has put away."""
-    drafter, trees = make(target), []
+    drafter = make(target)
+    for linear in drafter.adapter.attention.children():
+        linear.weight.mul_(3.0)  # type: ignore[operator]
     decoder = Decoder(target=target, drafter=drafter, verifier=Sampling(), policy=POLICIES[shape]())
-    text, propose = PROMPTS[0], drafter.propose
+    text, step, steps = PROMPTS[0], drafter.step, []
 
-    def noted(*given: Any) -> Tree:
-        trees.append(propose(*given))
-        return trees[-1]
+    def noted(state: Any, depth: int, frontier: Frontier) -> tuple[Any, Tensor]:
+        state, states_Nd = step(state, depth, frontier)
+        steps.append((depth, states_Nd))
+        return state, states_Nd
 
-    drafter.propose = noted  # type: ignore[method-assign]
-    made = decoder.generate(text, max_new_tokens=20, stop_at_eos=False)
-    known = [*text, made.tokens[0]]
-    at = 1
-    for shared, done in zip(trees, made.rounds, strict=True):
-        tokens_1T = torch.tensor([known])
+    drafter.step = noted  # type: ignore[method-assign]
+    made = decoder.generate(text, max_new_tokens=40, stop_at_eos=False)
+    shared, at = list(steps), 1
+    if shape != "static":
+        assert any(r.accepted == r.depth for r in made.rounds), "a leaf should be accepted once"
+    for done in made.rounds:
+        steps.clear()
+        tokens_1T = torch.tensor([text + made.tokens[:at]])
         features = target.forward(tokens_1T[:, :-1], layers=(2,))
         state = drafter.start(features, tokens_1T)
-        alone = propose(state, tokens_1T[0, -1:], POLICIES[shape]())
-        assert torch.equal(alone.tokens_N, shared.tokens_N)
-        known += made.tokens[at : at + done.produced]
+        drafter.propose(state, tokens_1T[0, -1:], POLICIES[shape]())
+        for depth, states_Nd in steps:
+            depth_there, found_Nd = shared.pop(0)
+            assert depth == depth_there
+            torch.testing.assert_close(found_Nd, states_Nd, rtol=0, atol=1e-4)
         at += done.produced
-        if at >= len(made.tokens):
-            break
+    assert not shared
+
+
+@torch.no_grad()
+def test_a_replay_counts_what_the_decoder_counts(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRAFTSMITH_CACHE", str(tmp_path))
+    drafter = make(target)
+    prompts = [Prompt(f"set/{i}", tokens, "all") for i, tokens in enumerate(PROMPTS)]
+    recording = record(target, prompts, bench="three", max_new_tokens=24)
+    replayed = replay(target=target, drafter=drafter, recording=recording, gammas=[1, 3])
+    for gamma in (1, 3):
+        decoder = Decoder(
+            target=target, drafter=drafter, verifier=Sampling(), policy=Chain(gamma=gamma)
+        )
+        rounds = [r for p in prompts for r in decoder.generate(p.tokens, max_new_tokens=24).rounds]
+        tau = sum(r.produced for r in rounds) / len(rounds)
+        assert replayed.chain(gamma).tau.value == pytest.approx(tau)
+        assert replayed.chain(gamma).rounds == pytest.approx(len(rounds))
 
 
 @pytest.mark.parametrize("shape", ["chain", "static", "dynamic"])
