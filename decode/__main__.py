@@ -73,11 +73,13 @@ def decode(cfg: DictConfig) -> int:
     name = f"{bench.name}-{policy.name}-T{cfg.temperature:g}"
     folder = write(run.path / "decode" / name, measured, bench=bench.name, facts=facts)
     say(f"Written: {folder / 'results.json'} and plot.png")
-    compared = measured.lossless
-    if compared is not None:
-        say(compared.sentence())
-        if cfg.lossless and compared.identical < compared.prompts:
-            return 1
+    others = {f"{name}: ": other.measured for name, other in measured.beside.items()}
+    for name, made in ({"": measured} | others).items():
+        compared = made.lossless
+        if compared is not None:
+            say(f"{name}{compared.sentence()}")
+            if cfg.lossless and compared.identical < compared.prompts:
+                return 1
     return _floor(cfg, measured.tau.value)
 
 

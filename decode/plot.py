@@ -1,6 +1,6 @@
 """One picture of a measurement: acceptance by depth, tokens per step by category, time a round."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -48,8 +48,10 @@ class Pictured(Protocol):
     def plain_target_ms(self) -> float | None: ...
 
 
-def plot(m: Pictured, file: Path, *, caption: str) -> None:
-    """Draw the picture as a PNG."""
+def plot(
+    m: Pictured, file: Path, *, caption: str, others: Mapping[str, Pictured] | None = None
+) -> None:
+    """Draw the picture as a PNG. `others` are measured on the same prompts, for comparison."""
     categories = min(len(m.tau_by_category), MAX_CATEGORIES)
     height = 6.2 + max(0, categories - 7) * 0.24
     figure = Figure(figsize=(11.5, height), facecolor="white")
@@ -70,7 +72,7 @@ def plot(m: Pictured, file: Path, *, caption: str) -> None:
     )
     _headline(figure, m, caption, height)
     _acceptance(figure.add_subplot(grid[0, 0]), m)
-    _categories(figure.add_subplot(grid[0, 1]), m)
+    _categories(figure.add_subplot(grid[0, 1]), m, others or {})
     if m.target_ms is not None and m.verify_ms is not None:
         _time(figure.add_subplot(grid[1, :]), m, m.target_ms, m.verify_ms)
     figure.savefig(file, dpi=160)
@@ -103,9 +105,9 @@ def _acceptance(axes: Axes, m: Pictured) -> None:
     axes.grid(axis="y", color=LINE, linewidth=0.8)
 
 
-def _categories(axes: Axes, m: Pictured) -> None:
+def _categories(axes: Axes, m: Pictured, others: Mapping[str, Pictured]) -> None:
     """Dots with 95 % intervals; the band is the interval over all prompts. Without categories the
-    single prompts are shown instead."""
+    single prompts are shown instead. Others are small open marks under the lines."""
     kind = "by category" if m.tau_by_category else "each dot a prompt"
     style(axes, "Tokens per step", f"{kind}, 95 % interval over prompts, bonus included")
     rows = [("all prompts", m.tau), *list(m.tau_by_category.items())[:MAX_CATEGORIES]]
@@ -145,6 +147,20 @@ def _categories(axes: Axes, m: Pictured) -> None:
             color=INK,
             bbox=plate,
         )
+    for (name, other), shape in zip(others.items(), "Ds^v" * len(others), strict=False):
+        found = [other.tau, *(other.tau_by_category[key] for key, _ in rows[1:])]
+        axes.plot(
+            [tau.value for tau in found],
+            [y + 0.26 for y in range(len(found))],
+            shape,
+            color=SAND,
+            markerfacecolor="white",
+            markersize=5,
+            label=name.replace("_", " "),
+        )
+        marks += [tau.value for tau in found]
+    if others:
+        axes.legend(fontsize=8.5, labelcolor=INK, loc="lower right", edgecolor="none")
     axes.set_yticks(range(len(rows)), [name.replace("_", " ") for name, _ in rows])
     axes.get_yticklabels()[0].set_fontweight("bold")
     axes.set_ylim(len(rows) - 0.4 if len(rows) > 1 else 0.75, -0.9 if len(rows) > 1 else -0.35)

@@ -98,7 +98,12 @@ def caption(m: Measurement, bench: str) -> str:
 def write(folder: Path, m: Measurement, *, bench: str, facts: dict[str, Any]) -> Path:
     """Write results.json and plot.png of a measurement into `folder`, or beside it if it exists."""
     results = {"bench": bench, **facts, **m.as_dict()}
-    return write_folder(folder, results, draw=lambda file: plot(m, file, caption=caption(m, bench)))
+    others = {name: other.measured for name, other in m.beside.items()}
+    return write_folder(
+        folder,
+        results,
+        draw=lambda file: plot(m, file, caption=caption(m, bench), others=others),
+    )
 
 
 def write_folder(folder: Path, results: dict[str, Any], *, draw: Callable[[Path], None]) -> Path:
