@@ -1,29 +1,34 @@
 """How often one of the root's sampled siblings is accepted, beside the best any rule could do.
 
-Shape legend: V vocabulary.
+Shape legend: R repetitions, S siblings, N tree nodes, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from decode.chance import Chance
+from decode.chance import Chance, SeededChance
 from decode.interval import Estimate, bootstrap
 from decode.optimal import acceptance_bound, optimal_acceptance
+from decode.tree.sampled import draw_independent, draw_one_by_one
 from decode.verifier.base import TargetLaw, Verdict, Verifier
 from models.drafter.base import Tree
 
 EVERY, MOST = 4, 4
 """Of each prompt's rounds every 4th is looked at, at most 4: the first, fifth, ..."""
+AGAIN = 16
+"""Sets of siblings drawn for each of these rounds."""
 
 
 @dataclass(frozen=True)
 class Siblings:
-    """The root's siblings over some rounds: mean chance that one of them is accepted by the rule
-    (given the siblings, over its coins), and the mean optimum for the same p and q (decode/optimal;
-    exact for independent siblings, otherwise an upper bound).
+    """The root's siblings over some rounds: mean chance that one of them is accepted by the rule,
+    and the mean optimum for the same p and q (decode/optimal; exact for independent siblings,
+    otherwise an upper bound).
 
-    `rule` looks at the root's siblings alone: what is drafted below them does not count.
+    The chance is exact over the rule's coins and the mean over siblings drawn again from the same
+    q, as many as there were. It looks at them alone: what is drafted below does not count.
     """
 
     rounds: int
@@ -42,6 +47,7 @@ class SiblingWatch:
         self.rule = rule
         self.lossy = rule.lossy
         self.greedy_only = rule.greedy_only
+        self._chance = SeededChance(seed=0)
         self._round = 0
         self._kept: list[tuple[Tree, Tensor]] = []
         self._found: list[list[tuple[float, float, bool]]] = []
@@ -74,9 +80,21 @@ class SiblingWatch:
 
     def _figures(self, tree: Tree, p_V: Tensor) -> tuple[float, float, bool]:
         assert tree.q_NV is not None
+        q_V, count = tree.q_NV[1], len(tree) - 1
         best = optimal_acceptance if tree.replacement else acceptance_bound
-        optimum = best(p_V, tree.q_NV[1], len(tree) - 1)
-        return acceptance(self.rule, tree, p_V), optimum, tree.replacement
+        draw = draw_independent if tree.replacement else draw_one_by_one
+        drawn_RS, drawn_from, exists_RS, _ = draw(q_V.expand(AGAIN, -1), count, self._chance)
+        assert bool(exists_RS.all())
+        found = 0.0
+        for row, tokens_S in enumerate(drawn_RS):
+            q_SV = torch.stack([q_RV[row] for q_RV in drawn_from])
+            redrawn = replace(
+                tree,
+                tokens_N=torch.cat([tree.tokens_N[:1], tokens_S]),
+                q_NV=torch.cat([tree.q_NV[:1], q_SV]),
+            )
+            found += acceptance(self.rule, redrawn, p_V)
+        return found / AGAIN, best(p_V, q_V, count), tree.replacement
 
 
 def acceptance(rule: Verifier, tree: Tree, p_V: Tensor) -> float:

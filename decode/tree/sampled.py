@@ -71,8 +71,8 @@ class Sampled(Policy):
         if self.temperature == 0.0:
             return self._best(logits_ND, 1 if self.replacement else width, drafter, last)
         q_ND = probabilities(logits_ND, temperature=self.temperature, top_p=self.top_p)
-        draw = self._independent if self.replacement else self._one_by_one
-        drawn_NS, drawn_from, exists_NS, first_NS = draw(q_ND, width)
+        draw = draw_independent if self.replacement else draw_one_by_one
+        drawn_NS, drawn_from, exists_NS, first_NS = draw(q_ND, width, self._chance)
         q_MV = torch.stack([drafter.full_distribution(q) for q in drawn_from], dim=1).flatten(0, 1)
         if not bool(exists_NS.all()):
             q_MV = q_MV[exists_NS.flatten()]
@@ -88,28 +88,6 @@ class Sampled(Policy):
             q_MV,
             self.replacement,
         )
-
-    def _independent(self, q_ND: Tensor, width: int) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-        """Drafts, the law of each draw, which exist, and which are the first of their kind."""
-        drawn_NS = self._chance.draws(q_ND, width)
-        again_NS = (drawn_NS[:, :, None] == drawn_NS[:, None, :]).tril(-1).any(-1)
-        return drawn_NS, [q_ND] * width, torch.ones_like(again_NS), ~again_NS
-
-    def _one_by_one(self, q_ND: Tensor, width: int) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-        """The same for draws without replacement, where every one is the first of its kind."""
-        drawn: list[Tensor] = []
-        drawn_from, exists = [], []
-        for i in range(width):
-            if i > 0:
-                left_ND = q_ND.scatter(1, drawn[-1], 0.0)
-                total_N1 = left_ND.sum(-1, keepdim=True)
-                # Nothing is left once the whole nucleus is drawn: q stays 0, and there are no more.
-                q_ND = left_ND / total_N1.where(total_N1 > 0.0, 1.0)
-            drawn.append(self._chance.draws(q_ND, 1))
-            drawn_from.append(q_ND)
-            exists.append(q_ND.any(-1, keepdim=True))
-        exists_NS = torch.cat(exists, dim=1)
-        return torch.cat(drawn, dim=1), drawn_from, exists_NS, exists_NS
 
     def _best(self, logits_ND: Tensor, width: int, drafter: Drafter, last: bool) -> Children:
         """The best tokens in order, a deterministic choice: no q."""
@@ -129,3 +107,32 @@ class Sampled(Policy):
                 f"at most {limit}, because it was trained with that many; give {limit} widths or "
                 "fewer."
             )
+
+
+Drawn = tuple[Tensor, list[Tensor], Tensor, Tensor]
+"""Drafts `[N, S]`, the law `[N, D]` of each of the S draws, which drafts exist and which are the
+first of their kind at their node (both `[N, S]`)."""
+
+
+def draw_independent(q_ND: Tensor, width: int, chance: SeededChance) -> Drawn:
+    """S draws from each row, with replacement."""
+    drawn_NS = chance.draws(q_ND, width)
+    again_NS = (drawn_NS[:, :, None] == drawn_NS[:, None, :]).tril(-1).any(-1)
+    return drawn_NS, [q_ND] * width, torch.ones_like(again_NS), ~again_NS
+
+
+def draw_one_by_one(q_ND: Tensor, width: int, chance: SeededChance) -> Drawn:
+    """S draws from each row without replacement, or fewer: as many as q has ids."""
+    drawn: list[Tensor] = []
+    drawn_from, exists = [], []
+    for i in range(width):
+        if i > 0:
+            left_ND = q_ND.scatter(1, drawn[-1], 0.0)
+            total_N1 = left_ND.sum(-1, keepdim=True)
+            # Nothing is left once the whole nucleus is drawn: q stays 0, and there are no more.
+            q_ND = left_ND / total_N1.where(total_N1 > 0.0, 1.0)
+        drawn.append(chance.draws(q_ND, 1))
+        drawn_from.append(q_ND)
+        exists.append(q_ND.any(-1, keepdim=True))
+    exists_NS = torch.cat(exists, dim=1)
+    return torch.cat(drawn, dim=1), drawn_from, exists_NS, exists_NS

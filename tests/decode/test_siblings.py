@@ -50,8 +50,10 @@ def test_a_watch_changes_no_verdict_and_looks_at_every_fourth_round() -> None:
     found = watch.result()
     assert found is not None
     assert (found.rounds, found.replacement) == (3, False)
-    one_level = tree.keep(torch.tensor([0, 1, 2]))
-    assert found.rule.value == pytest.approx(acceptance(Sampling(), one_level, p[()]))
+    # 48 sets of siblings; the chance given one set deviates by at most 0.5 from the mean.
+    whole = mean_accepted(texts_law(p, q, [2], Sampling(), replacement=False))
+    assert found.rule.value == pytest.approx(whole, abs=0.15)
+    assert whole < found.optimum.value
 
 
 class _Heads:
@@ -81,8 +83,7 @@ def test_a_measurement_reports_it(target: Target, rule: Verifier) -> None:
     assert made.siblings.replacement == replacement
     assert made.siblings.rule.value > 0.1
     if replacement:
-        # Given the siblings the rule may do better than the optimum's mean over siblings.
-        assert made.siblings.rule.value < made.siblings.optimum.value + 0.1
+        assert made.siblings.rule.value < made.siblings.optimum.value + 0.05
     rows = [list(column.cells) for column in table(made, title="").columns]
     place = rows[0].index("accepted at once")
     assert rows[1][place] == str(made.siblings.rule)
