@@ -53,6 +53,7 @@ def online(cfg: DictConfig) -> Path:
             "online drafter continues a trained one; give run=runs/<name>/latest, or "
             "resume=<folder>."
         )
+    _check_tree(cfg)
     _check_frozen(cfg)
     check_window(cfg.interval, cfg.window)
     updates: Updates = build(cfg.updates)
@@ -100,6 +101,16 @@ def _bench_node(stream: Any) -> Any:
             "{_target_: decode.prompts.Questions, name: ..., sources: [...]}."
         )
     return OmegaConf.load(group / f"{stream}.yaml")
+
+
+def _check_tree(cfg: DictConfig) -> None:
+    known = ("decode.tree.chain.Chain", "decode.tree.static.StaticTree")
+    if cfg.tree._target_ not in known:
+        raise ValueError(
+            f"Learning while serving was asked for with {cfg.tree._target_}, but drafts are judged "
+            "as chains of one known depth, which only fixed shapes have; use tree=chain or "
+            "tree=static."
+        )
 
 
 def _check_frozen(cfg: DictConfig) -> None:

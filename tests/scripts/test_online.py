@@ -309,6 +309,7 @@ def test_replay_keeps_what_was_right(target: Target) -> None:
         (["+updates.step=3"], "did you mean 'steps'"),
         (["resume=nowhere"], "online.yaml is missing"),
         (["tree.gamma=9"], "tree.gamma=3 or less"),
+        (["tree=dynamic", "frozen=false"], "use tree=chain or tree=static"),
     ],
 )
 def test_user_errors_are_one_sentence(
