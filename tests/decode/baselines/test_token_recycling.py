@@ -20,7 +20,7 @@ def test_the_tree_walks_the_matrix(target: Target) -> None:
     recycling = TokenRecycling(nodes=81, depth=6, successors=8)
     recycling.bind(target)
     assert recycling.shape.nodes == 81
-    assert recycling.shape.depth == 6
+    assert [len(level.ranks_M) for level in recycling.shape.levels] == [8, 23, 25, 17, 6, 1]
     successors = torch.randint(0, target.vocab_size, (target.vocab_size, 8), dtype=torch.int32)
     recycling._matrix_VK.copy_(successors)
     tree = recycling.propose(None, torch.tensor([17]))
