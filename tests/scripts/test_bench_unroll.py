@@ -1,0 +1,51 @@
+"""The bench of unrolled steps measures a training step, and its memory grows with the steps."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts.bench_unroll import Case, plot, prepare
+
+SMALL = {"draft_vocab": 64, "hidden": 64, "vocab": 200, "precision": "float32"}
+
+
+def test_a_step_moves_every_weight() -> None:
+    gradients = prepare(Case(steps=3, positions=20, **SMALL))()  # type: ignore[arg-type]
+    # C, q, k, v, o, three of the MLP, four norms, the head.
+    assert len(gradients) == 13
+    assert all(float(g.abs().max()) > 0 for g in gradients)
+
+
+def test_what_is_kept_for_the_backward_pass_is_linear_in_steps_and_positions() -> None:
+    """Bytes kept by autograd, with the memory of weights and inputs counted as well."""
+
+    def kept(steps: int, positions: int) -> float:
+        sizes: dict[int, int] = {}
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        alive = []
+        once = prepare(Case(steps=steps, positions=positions, **SMALL))  # type: ignore[arg-type]
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: alive.append(t) or pack(t), lambda t: t
+        ):
+            once()
+        return sum(sizes.values())
+
+    one, four, seven = (kept(steps, 64) for steps in (1, 4, 7))
+    assert seven - four == pytest.approx(four - one, rel=0.05)
+    short, long, longest = (kept(5, T) for T in (64, 128, 192))
+    assert longest - long == pytest.approx(long - short, rel=0.05)
+
+
+def test_the_plot_is_drawn(tmp_path: Path) -> None:
+    results = [
+        {"steps": s, "positions": T, "seconds": s * T / 1e3, "beyond_mb": s * T}
+        for s in (1, 3)
+        for T in (64, 128)
+    ]
+    plot(results, tmp_path / "a" / "unroll.png")
+    assert (tmp_path / "a" / "unroll.png").stat().st_size > 10_000
