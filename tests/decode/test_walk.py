@@ -10,6 +10,8 @@ import torch
 
 from data_prep.prompts import Prompt
 from decode.answers import LONGEST, Recorded, Recording, record
+from decode.baselines.prompt_lookup import PromptLookup
+from decode.baselines.token_recycling import TokenRecycling
 from decode.measure import measure
 from decode.replay import Timing, replay
 from decode.replay_trees import replay_tree
@@ -20,10 +22,12 @@ from decode.tree.static import StaticTree
 from decode.verifier.sampling import Sampling
 from decode.walk import check_draft, walk
 from models.drafter.base import Children, Drafter, Frontier, Policy
+from models.drafter.eagle3 import Eagle3
 from models.drafter.sorted_lm import SortedLm
 from models.target import Target
 from tests.decode.test_replay import LENGTH, PROMPT_SET, make, trained
 from tests.decode.toy import echo, text_law
+from tests.models.drafter.test_kangaroo import make as kangaroo
 from tests.tiny import tiny_target
 
 ACCURACY = [[0.5, 0.2, 0.1], [0.4, 0.25, 0.05], [0.3, 0.1, 0.02]]
@@ -67,19 +71,39 @@ def sure(target: Target) -> Drafter:
     return drafter.eval()
 
 
+def eagle3(target: Target) -> Drafter:
+    """Untrained, with the target's head and little of its own, so that it is right now and then."""
+    torch.manual_seed(0)
+    drafter = Eagle3(
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        target_shape=target.layer_shape,
+        feature_layers=[1, 2, 3],
+        steps=3,
+        head={"_target_": "models.head.frozen.FrozenHead"},
+    )
+    drafter.bind(target).init_from(target)
+    return drafter.eval()
+
+
+MAKERS = {"sorted_lm": sure, "kangaroo": kangaroo, "eagle3": eagle3}
+
+
 def without_times(rounds: list[Round]) -> list[Round]:
     return [replace(r, draft_s=0.0, target_s=0.0, verify_s=0.0) for r in rounds]
 
 
-@pytest.mark.parametrize("kind", ["medusa", "hydra++", "causal_lm", "sorted_lm", "echo"])
+@pytest.mark.parametrize(
+    "kind", ["medusa", "hydra++", "causal_lm", "sorted_lm", "echo", "kangaroo", "eagle3"]
+)
 def test_a_greedy_walk_is_the_decoder(ending: Target, kind: str) -> None:
     """The same rounds one by one: nodes, depth, drafts tested and accepted, tokens produced."""
     recording = record(ending, PROMPT_SET, bench="set", max_new_tokens=LENGTH)
     drafter: Drafter
     if kind == "echo":
         drafter = echo(ending, noise=0.7)
-    elif kind == "sorted_lm":
-        drafter = sure(ending)
+    elif kind in MAKERS:
+        drafter = MAKERS[kind](ending)
     else:
         drafter = make(kind, ending, recording)
     beyond = gained = 0
@@ -93,7 +117,7 @@ def test_a_greedy_walk_is_the_decoder(ending: Target, kind: str) -> None:
             assert all(r.draft_s > 0.0 for r in ours)
             beyond += 1 + sum(r.produced for r in ours) > len(real.tokens)
             gained += sum(r.accepted for r in ours)
-    assert gained > 20
+    assert gained > (20 if kind != "eagle3" else 0)
     if kind == "echo":
         assert beyond > 0, "no round ran past max_new_tokens, so that case was not compared"
         ends = [a for a in recording.answers if len(a.tokens) < LENGTH]
@@ -101,6 +125,24 @@ def test_a_greedy_walk_is_the_decoder(ending: Target, kind: str) -> None:
         assert any(w[-1].produced == w[-1].accepted for w in inside), "no draft ended an answer"
     if isinstance(drafter, SortedLm):
         assert min(drafter.exits_taken) > 0, "all drafts left at one exit"
+
+
+def test_methods_without_training_are_walked_or_refused(ending: Target) -> None:
+    recording = record(ending, PROMPT_SET, bench="set", max_new_tokens=LENGTH)
+    lookup = PromptLookup(gamma=4, max_ngram=2).bind(ending)
+    decoder = Decoder(target=ending, drafter=lookup, verifier=Sampling(), policy=None)
+    gained = 0
+    for answer in recording.answers:
+        real = decoder.generate(answer.prompt.tokens, max_new_tokens=LENGTH)
+        ours = walk(ending, lookup, None, answer, max_new_tokens=LENGTH)
+        assert without_times(ours) == without_times(real.rounds)
+        gained += sum(r.accepted for r in ours)
+    assert gained > 0
+    made = replay_tree(target=ending, drafter=lookup, policy=None, recording=recording)
+    assert (made.shape, made.draft_bytes) == ("lookup4", 0.0)
+    assert made.mbsu == made.tau.value
+    with pytest.raises(ValueError, match="learns from what the target says"):
+        check_draft(ending, TokenRecycling(nodes=5).bind(ending), None, [5, 6])
 
 
 class Given(Policy):
