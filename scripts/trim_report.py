@@ -179,12 +179,14 @@ def trim_plot(found: Trimming, file: Path) -> None:
         _sizes_below(axes, [row.size for row in found.rows])
     if best is not found.whole:
         right.plot(best.size, best.mbsu, "o", color=INK, markersize=11, fillstyle="none")
+        # Towards the middle of the picture, so that it stays inside.
+        leftmost = best.size <= sorted(row.size for row in found.rows)[len(found.rows) // 2]
         right.annotate(
             f"best: {best.size:,}, {best.mbsu:.2f}",
             (best.size, best.mbsu),
-            xytext=(0, 10),
+            xytext=(10 if leftmost else -10, 9),
             textcoords="offset points",
-            ha="center",
+            ha="left" if leftmost else "right",
             fontsize=9.5,
             color=INK,
         )
