@@ -101,12 +101,14 @@ def documented_commands() -> list[str]:
 
 @pytest.mark.parametrize("line", documented_commands())
 def test_documented_commands_compose_and_check(line: str) -> None:
-    _, _, package, *arguments = shlex.split(line)
+    _, _, module, *arguments = shlex.split(line)
     overrides = [a for a in arguments if "=" in a]  # the rest are Hydra's own options
-    importlib.import_module(f"{package}.__main__")  # it may register what its config refers to
+    folder, _, name = module.rpartition(".")
+    # It may register what its config refers to.
+    importlib.import_module(module if folder else f"{module}.__main__")
     with initialize_config_module("conf", version_base=None):
-        cfg = compose(package, overrides=overrides)
-    check(cfg, runtime=SUPPLIED.get(package, RUNTIME_NAMES))
+        cfg = compose(name, overrides=overrides)
+    check(cfg, runtime=SUPPLIED.get("decode" if folder else name, RUNTIME_NAMES))
 
 
 @pytest.mark.parametrize("command", ["draft-data", "draft-train", "draft-decode", "draft-export"])
