@@ -15,7 +15,7 @@ d hidden size, D draft vocabulary, S uniform numbers of a row or statistics of a
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,9 +40,14 @@ def rows_per_chunk(vocab_size: int, depths: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Taught:
-    """One depth, the rows of it that count, and what its loss was given to draw with."""
+    """One depth, the rows of it that count, and what its loss was given to draw with.
+
+    `narrow_BNd` is what the head's matrix multiplies: the states, or fewer numbers made of them.
+    That step is left to autograd: it is small, and outside of the walk.
+    """
 
     depth: Depth
+    narrow_BNd: Tensor
     state_N: Tensor
     teacher_N: Tensor
     uniform_NS: Tensor | None
@@ -59,7 +64,7 @@ class Taught:
         uniform_NS = None
         if loss.num_draws:
             uniform_NS = torch.rand(len(state_N), loss.num_draws, device=state_N.device)
-        return Taught(depth, state_N, teacher_N, uniform_NS)
+        return Taught(depth, depth.head.narrow(depth.states_BNd), state_N, teacher_N, uniform_NS)
 
     def given(
         self,
@@ -119,11 +124,12 @@ class Piece:
 
     def project(self, cast: dict[int, Tensor], *, differentiate: bool) -> None:
         """Logits, and a place for their gradient: over the logits where nothing else needs them."""
-        h_nd = self.depth.states_BNd.detach().flatten(0, 1)[self.state_n]
+        states = self.taught.narrow_BNd
+        h_nd = states.detach().flatten(0, 1)[self.state_n]
         device = h_nd.device.type
         enabled = torch.is_autocast_enabled(device)
         if self.matrix is None:
-            h_nd.requires_grad_(differentiate and self.depth.states_BNd.requires_grad)
+            h_nd.requires_grad_(differentiate and states.requires_grad)
             # Autocast must not keep weights that it has cast without gradients for the next walk.
             autocast = torch.autocast(
                 device, dtype=torch.get_autocast_dtype(device), enabled=enabled, cache_enabled=False
@@ -162,7 +168,7 @@ class Piece:
 
     def backward(self, gradients: Gradients) -> None:
         """From the gradient of the logits to those of the states and the head."""
-        states = self.depth.states_BNd
+        states = self.taught.narrow_BNd
         if self.matrix is None:
             own = [p for p in self.depth.head.parameters() if gradients.wants(p)]
             inputs = [*own, *([self.h_nd] if self.h_nd.requires_grad else [])]
@@ -184,13 +190,6 @@ class Piece:
             gradients.add(bias, self.dz_nD.sum(0, dtype=torch.float32))
 
 
-def narrowed(depth: Depth) -> Depth:
-    """The depth with the states that its head's matrix multiplies. What came before is left to
-    autograd: it is small, and outside of the walk."""
-    states = depth.head.narrow(depth.states_BNd)
-    return depth if states is depth.states_BNd else replace(depth, states_BNd=states)
-
-
 class Walk:
     """Chunks of a lesson's teacher positions, with the rows of every depth that they teach."""
 
@@ -207,10 +206,7 @@ class Walk:
         self.chunk_rows = chunk_rows
         by_head = {id(depth.head): depth.head.matrix() for depth in depths}
         self.matrices = [by_head[id(depth.head)] for depth in depths]
-        self.taught = [
-            Taught.of(depth if matrix is None else narrowed(depth), lesson, loss)
-            for depth, matrix in zip(depths, self.matrices, strict=True)
-        ]
+        self.taught = [Taught.of(depth, lesson, loss) for depth in depths]
         self.cast: dict[int, Tensor] = {}
 
     def trained(self) -> list[Tensor]:
@@ -218,7 +214,7 @@ class Walk:
         tensors: list[Tensor] = []
         for taught, matrix in zip(self.taught, self.matrices, strict=True):
             depth = taught.depth
-            tensors.append(depth.states_BNd)
+            tensors.append(taught.narrow_BNd)
             if self.loss.needs_features:
                 assert depth.feature_BNd is not None
                 tensors.append(depth.feature_BNd)
