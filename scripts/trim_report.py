@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from decode.answers import Recording
@@ -94,23 +95,27 @@ def measure_row(
 
 def trim_table(found: Trimming) -> Table:
     """One line a vocabulary, the best marked."""
-    out = Table(title=found.caption, title_style="bold", caption=_NOTES, caption_style="dim")
-    out.add_column("draft vocabulary", justify="right", no_wrap=True)
-    out.add_column("counted in", no_wrap=True)
-    out.add_column("covers", justify="right")
-    out.add_column("of the answers", justify="right")
-    out.add_column("tokens per step", justify="right", no_wrap=True)
-    out.add_column("of untrimmed", justify="right", no_wrap=True)
-    out.add_column("MB a draft", justify="right")
-    out.add_column("MBSU", justify="right")
+    out = Table(
+        title=found.caption,
+        title_style="bold",
+        caption=_NOTES,
+        caption_style="dim",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    out.add_column("vocabulary", justify="right", no_wrap=True)
+    out.add_column("counted in", overflow="fold")
+    for name in ("covers", "answers", "tokens per step", "kept", "MB", "MBSU"):
+        out.add_column(name, justify="right", no_wrap=True)
     for row in [found.whole, *found.rows]:
         out.add_row(
             f"{row.size:,}",
-            row.data or "as trained",
+            Path(row.data).name or "as trained",
             "" if row.coverage is None else f"{row.coverage:.2%}",
             f"{row.answers_coverage:.2%}",
             str(row.tau),
-            f"{row.tau_ratio.value:.3f} [{row.tau_ratio.low:.3f}, {row.tau_ratio.high:.3f}]",
+            f"{row.tau_ratio.value:.1%}",
             f"{row.draft_bytes / 1e6:.1f}",
             f"{row.mbsu:.3f}",
             style="bold cyan" if row is found.best else None,
@@ -119,7 +124,9 @@ def trim_table(found: Trimming) -> Table:
 
 
 _NOTES = (
-    "Tokens per step: per target forward after the prompt, bonus token included.\n"
+    "Covers: share of the counted tokens; answers: of the recorded answers.\n"
+    "Tokens per step: per target forward after the prompt, bonus token included;\n"
+    "kept: of those before trimming. MB: weights read by a draft.\n"
     "MBSU: speed-up if reading weights were the only cost."
 )
 
