@@ -130,24 +130,6 @@ def test_sampling_and_a_reached_floor(run: Path) -> None:
     assert names == {"heldout-chain3-T0.8", "heldout-chain3-T0.8-2"}
 
 
-def test_methods_without_training_stand_in_the_same_table(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    both = "baselines=[prompt_lookup,token_recycling]"
-    common = [f"run={run}", "max_new_tokens=9", "limit=3", "tree.gamma=1", "dtype=float32"]
-    assert decode(composed(*common, both, "baselines.token_recycling.nodes=9")) == 0
-    shown = capsys.readouterr().err
-    assert "prompt_lookup" in shown
-    assert "token_recycling" in shown
-    made = json.loads((run / "decode" / "heldout-chain1-T0" / "results.json").read_text())
-    assert list(made["beside"]) == ["prompt_lookup", "token_recycling"]
-    measured = made["beside"]["token_recycling"]["measured"]
-    assert measured["shape"] == "recycling9"
-    assert measured["prompts"] == made["prompts"] == 3
-    with pytest.raises(ValueError, match="baselines, which learn"):
-        decode(composed(*common, both, "replay=chains", "replay.gammas=[1]"))
-
-
 def test_drafts_end_where_the_drafter_is_not_sure(run: Path) -> None:
     common = [f"run={run}", "max_new_tokens=8", "limit=3", "baseline=false", "tree.gamma=3"]
     assert decode(composed(*common)) == 0

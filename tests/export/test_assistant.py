@@ -305,7 +305,8 @@ def test_the_command_measures_and_records(
     assert served_there["difference"] == 0.0
     assert record["figures"]["largest_outside_mass"] < 1e-6
     card = (out / "README.md").read_text()
-    assert "small language model" in card and "no text by itself" not in card
+    assert "small language model" in card
+    assert "no text by itself" not in card
     sentence = f"{served_there['engine_tau']:.4f} tokens per step (bonus included)"
     printed = " ".join(capsys.readouterr().err.split())
     for text in (card, printed):

@@ -25,9 +25,11 @@ def test_keep_renumbers_parents_and_stepped_nodes() -> None:
     assert kept.tokens_N.tolist() == [10, 12, 14]
     assert kept.parents_N.tolist() == [-1, 0, 1]
     assert kept.depths_N.tolist() == [0, 1, 2]
-    assert kept.q_NV is not None and kept.q_NV.tolist() == [[0, 1], [4, 5], [8, 9]]
+    assert kept.q_NV is not None
+    assert kept.q_NV.tolist() == [[0, 1], [4, 5], [8, 9]]
     assert not kept.replacement
-    assert kept.stepped_S is not None and kept.stepped_S.tolist() == [0, -1, 1, -1]
+    assert kept.stepped_S is not None
+    assert kept.stepped_S.tolist() == [0, -1, 1, -1]
 
 
 def test_keep_needs_every_parent() -> None:
