@@ -207,6 +207,29 @@ def test_a_replay_says_what_the_decoder_says(
     assert made["best_gamma"] == max(made["chains"], key=lambda c: c["mbsu"])["gamma"]
 
 
+def test_a_replayed_tree_says_what_the_decoder_says(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("DRAFTSMITH_CACHE", str(tmp_path))
+    common = [f"run={run}", "max_new_tokens=10", "dtype=float32", "tree=static", "tree.nodes=5"]
+    assert decode(composed(*common, "baseline=false")) == 0
+    assert decode(composed(*common, "replay=trees", "replay.timed_prompts=1", "floor=9")) == 1
+    real = json.loads((run / "decode" / "heldout-tree5-T0" / "results.json").read_text())
+    made = json.loads((run / "replay" / "heldout-tree5-T0" / "results.json").read_text())
+    for name in ("tau", "tau_by_category", "alpha_by_depth", "nodes_per_round", "mbsu", "rounds"):
+        assert made[name] == real[name], name
+    assert made["speedup"]["value"] == pytest.approx(made["tau"]["value"] / made["break_even_tau"])
+    assert (run / "replay" / "heldout-tree5-T0" / "plot.png").is_file()
+    shown = capsys.readouterr().err
+    assert "predicted speed-up" in shown
+    assert "below the floor of 9" in shown
+    with pytest.raises(ValueError, match="drafts are sampled"):
+        decode(composed(f"run={run}", "replay=trees", "temperature=1", "tree.gamma=2"))
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
