@@ -18,6 +18,7 @@ from decode.prompts import Bench
 from export.base import Exporter
 from export.card import in_words, model_card
 from export.check import check_export
+from export.choice import refuse
 from export.hf import DrafterReader
 from export.parity import prove_equal
 from models.run import Run, open_run
@@ -59,7 +60,7 @@ def export(cfg: DictConfig) -> Path:
     # fp32 on both sides: a difference is then a fault and not a rounding.
     target = run.load_target("float32")
     drafter = exporter.cast(run.load_drafter(target))
-    exporter.refuse(drafter)
+    refuse(exporter, drafter)
     prompts = _prompts(cfg, run, target) if cfg.measure else []
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=".exporting-"))

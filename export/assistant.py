@@ -67,19 +67,18 @@ class AssistantExporter(Exporter):
             raise ValueError(
                 f"A transformers assistant is a language model of its own, and "
                 f"{type(drafter).__name__} reads the target's states; train drafter=causal_lm for "
-                "it, or use exporter=hf (any family) or exporter=vllm (drafter=medusa)."
+                "it."
             )
         head = drafter.head(0)
         if isinstance(head, OwnHead) and head.linear.bias is not None:
             raise ValueError(
                 "This drafter's vocabulary head has a bias and a plain language model's has none; "
-                "train with drafter.head.bias=false, or use exporter=hf."
+                "train with drafter.head.bias=false."
             )
         if not isinstance(head, (OwnHead, FrozenHead, TiedHead)):
             raise ValueError(
                 f"A plain language model's vocabulary head is one matrix, and this drafter has a "
-                f"{type(head).__name__}; train with head@drafter.head=own, frozen or tied, or use "
-                "exporter=hf."
+                f"{type(head).__name__}; train with head@drafter.head=own, frozen or tied."
             )
 
     def write(self, drafter: Drafter, folder: Path, *, texts: Sequence[Tensor] = ()) -> None:
@@ -225,7 +224,7 @@ def problems(folder: Path) -> list[str]:
     expected = {name: tuple(t.shape) for name, t in empty.state_dict().items()}
     if config.tie_word_embeddings:
         expected = {k: shape for k, shape in expected.items() if not k.startswith("lm_head.")}
-    found = tensor_problems(folder / "model.safetensors", expected)
+    found = tensor_problems(folder, expected)
     found += [f"{name} is missing" for name in TOKENIZER if not (folder / name).is_file()]
     knobs = _generation(folder)
     if int(knobs.get("num_assistant_tokens", 0)) < 1:

@@ -3,9 +3,23 @@
 import json
 from pathlib import Path
 
-from export import assistant, hf, vllm
+from export import assistant, hf
+from export.formats.eagle import SglangEagle, VllmEagle
+from export.formats.eagle3 import Eagle3Format
+from export.formats.medusa import MedusaFormat
+from export.formats.medusa_heads import OriginalMedusa, TgiMedusa
 
-FORMATS = (hf, vllm, assistant)
+FORMATS = (
+    hf,
+    MedusaFormat(),
+    TgiMedusa(),
+    OriginalMedusa(),
+    Eagle3Format(),
+    VllmEagle(),
+    SglangEagle(),
+    assistant,
+)
+"""Modules or formats with `is_mine` and `problems`; the first that a folder belongs to."""
 
 
 def check_export(folder: Path) -> str:
@@ -29,9 +43,10 @@ def check_export(folder: Path) -> str:
             if problems:
                 lines = "\n".join(f"  - {p}" for p in problems)
                 raise ValueError(f"The export in '{folder}' would not serve:\n{lines}")
-            return form.__name__.rpartition(".")[2]
+            return getattr(form, "name", None) or form.__name__.rpartition(".")[2]  # type: ignore[union-attr]
     raise ValueError(
-        f"'{config}' is in no format we write: expected '_target_' (ours), 'model_type': "
-        "'medusa' (vLLM) or a language model whose generation_config.json has "
-        "num_assistant_tokens (assistant); give a folder written by `python -m export run=<run>`."
+        f"'{config}' is in no format we know: expected '_target_' (ours), EAGLE-3 or EAGLE, "
+        "'speculators_model_type', 'model_type': 'medusa', 'medusa_num_heads', 'hydra_num_heads', "
+        "or a language model whose generation_config.json has num_assistant_tokens; give the "
+        "folder of an exported or published drafter."
     )

@@ -68,7 +68,7 @@ def problems(folder: Path) -> list[str]:
         empty = family(**arguments)
     expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     file = folder / "model.safetensors"
-    found = tensor_problems(file, expected)
+    found = tensor_problems(folder, expected)
     if found or "draft_ids_D" not in expected:
         return found
     with safe_open(file, framework="pt") as reader:

@@ -105,6 +105,7 @@ class Target:
             "head_dim": getattr(c, "head_dim", None) or c.hidden_size // heads,
             "intermediate_size": c.intermediate_size,
             "max_positions": c.max_position_embeddings,
+            "rms_norm_eps": getattr(c, "rms_norm_eps", None) or 1e-6,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, **rope},
         }
 

@@ -55,10 +55,12 @@ def layer_config(
     max_positions: int,
     rope_parameters: dict[str, Any] | None = None,
     rope_theta: float = 10_000.0,
+    rms_norm_eps: float = 1e-6,
 ) -> LlamaConfig:
     """One Llama layer in the shape of `Target.layer_shape`.
 
-    `rope_theta` alone is what drafters saved before `rope_parameters` existed.
+    `rope_theta` alone is what drafters saved before `rope_parameters` existed, and those saved
+    before `rms_norm_eps` did have 1e-6.
     """
     rope = rope_parameters or {"rope_type": "default", "rope_theta": rope_theta}
     return LlamaConfig(
@@ -69,6 +71,7 @@ def layer_config(
         intermediate_size=intermediate_size,
         max_position_embeddings=max_positions,
         num_hidden_layers=1,
+        rms_norm_eps=rms_norm_eps,
         rope_parameters=dict(rope),  # type: ignore[arg-type]
     )
 
@@ -128,6 +131,7 @@ class CausalLayer(nn.Module):
         max_positions: int,
         rope_parameters: dict[str, Any] | None = None,
         rope_theta: float = 10_000.0,
+        rms_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         config = layer_config(
@@ -139,6 +143,7 @@ class CausalLayer(nn.Module):
             max_positions=max_positions,
             rope_parameters=rope_parameters,
             rope_theta=rope_theta,
+            rms_norm_eps=rms_norm_eps,
         )
         config._attn_implementation = "sdpa"
         self.layer = LlamaDecoderLayer(config, layer_idx=0)

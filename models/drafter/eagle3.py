@@ -25,7 +25,8 @@ class Eagle3(FeatureDrafter):
     `steps` depths are unrolled in training with gradients through all of them (training-time test),
     each attending to what decoding has by then (models/levels.py). Loss: sum_k 0.8^k soft
     cross-entropy. `feature_layers` are (2, L/2, L-3) of the target's L layers when null: the
-    residual stream after so many layers. `norm_output` feeds back RMSNorm(y) instead of y.
+    residual stream after so many layers. `norm_output` feeds back RMSNorm(y) instead of y;
+    `norm_before_residual` makes RMSNorm_h(g) the residual (some published drafters have it).
 
     Deviations from the released code: the mask is aligned (models/drafter/base.py; `mask_lag` is
     theirs), losses are divided by the tokens to learn, the head starts from the target's rows and
@@ -43,6 +44,7 @@ class Eagle3(FeatureDrafter):
         feature_layers: list[int] | None = None,
         steps: int = 7,
         norm_output: bool = False,
+        norm_before_residual: bool = False,
         draft_vocab_size: int | None = None,
         head: dict[str, Any],
     ) -> None:
@@ -60,6 +62,7 @@ class Eagle3(FeatureDrafter):
             )
         self.feature_layers = tuple(feature_layers or ())
         self.norm_output = norm_output
+        self.norm_before_residual = norm_before_residual
         self.fc = nn.Linear(3 * hidden_size, hidden_size, bias=False)
         self.layer = FeatureLayer(hidden_size=hidden_size, shape=target_shape, inputs=2)
         eps = self.layer.post_attention_layernorm.variance_epsilon
@@ -96,7 +99,9 @@ class Eagle3(FeatureDrafter):
         return self.fc(torch.cat([features.layers[k] for k in self.feature_layers], dim=-1))
 
     def mix(self, embedded: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.input_layernorm(embedded), self.hidden_norm(given)], dim=-1), given
+        normed = self.hidden_norm(given)
+        z = torch.cat([self.input_layernorm(embedded), normed], dim=-1)
+        return z, normed if self.norm_before_residual else given
 
     def read_out(self, out: Tensor) -> tuple[Tensor, Tensor]:
         states = self.norm(out)

@@ -321,7 +321,7 @@ def test_what_it_cannot_serve_is_refused(target: Target, tmp_path: Path) -> None
         hidden_size=target.hidden_size, vocab_size=target.vocab_size, num_heads=2, head=OWN
     )
     exporter = AssistantExporter()
-    with pytest.raises(ValueError, match=r"Medusa reads the target's states.*exporter=vllm"):
+    with pytest.raises(ValueError, match=r"Medusa reads the target's states.*drafter=causal_lm"):
         exporter.refuse(medusa)
     with pytest.raises(ValueError, match="has a bias"):
         exporter.refuse(causal_lm(target, head={**OWN, "bias": True}))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from export.vllm import MedusaCheckpoint, VllmExporter
+from export.formats.medusa import MedusaCheckpoint
+from export.vllm import VllmExporter
 from models.drafter.medusa import Medusa
 from models.packaged import cache_dir
 from models.target import Features, Target, load_target, resolve_name

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from export.check import check_export
+from export.formats.medusa import MedusaCheckpoint
 from export.hf import DrafterReader, HfExporter
 from export.parity import prove_equal
-from export.vllm import MedusaCheckpoint, VllmExporter
+from export.vllm import VllmExporter
 from models.drafter.base import Drafter
 from models.drafter.hydra_heads import HydraHeads
 from models.drafter.medusa import Medusa
@@ -174,9 +175,9 @@ def test_half_precision_is_written_and_compared_as_written(target: Target, tmp_p
 
 
 def test_vllm_refuses_what_it_cannot_serve(target: Target, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"vLLM cannot serve HydraHeads.*exporter=hf"):
+    with pytest.raises(ValueError, match=r"vLLM cannot serve HydraHeads: it has EAGLE-3"):
         VllmExporter().write(hydra_heads(target), tmp_path)
-    with pytest.raises(ValueError, match="have a bias"):
+    with pytest.raises(ValueError, match="head has a bias"):
         VllmExporter().write(medusa(target, head={**OWN, "bias": True}), tmp_path)
 
 
@@ -218,7 +219,7 @@ def test_the_validator_names_each_fault(
     target: Target, tmp_path: Path, changes: dict[str, Any], complaint: str
 ) -> None:
     VllmExporter().write(medusa(target, head=OWN), tmp_path)
-    assert check_export(tmp_path) == "vllm"
+    assert check_export(tmp_path) == "medusa"
     edit(tmp_path, **changes)
     with pytest.raises(ValueError, match=complaint):
         check_export(tmp_path)
@@ -248,7 +249,7 @@ def test_the_validator_refuses_other_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no config\.json"):
         check_export(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="in no format we write"):
+    with pytest.raises(ValueError, match="in no format we know"):
         check_export(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": ')
     with pytest.raises(ValueError, match="not valid JSON"):

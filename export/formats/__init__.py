@@ -1,0 +1,1 @@
+"""File formats that several engines share, one family (and spelling) a file."""

@@ -1,0 +1,49 @@
+"""A drafter that is a language model: the plain folder of export/assistant.py, for any engine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from export import assistant
+from export.assistant import AssistantExporter
+from export.base import Reader
+from export.formats.base import Format
+from models.drafter.base import Drafter
+from models.drafter.causal_lm import CausalLm
+from models.drafter.sorted_lm import SortedLm
+from models.target import Target
+
+
+class LanguageModel(Format):
+    """What transformers, vLLM, SGLang and TensorRT-LLM take as a draft model."""
+
+    name = "assistant"
+    families = (CausalLm, SortedLm)
+
+    def __init__(self, *, gamma: int = 4) -> None:
+        self.exporter = AssistantExporter(gamma=gamma)
+
+    def complaint(self, drafter: Drafter) -> str | None:
+        try:
+            self.exporter.refuse(drafter)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def write(self, drafter: Drafter, folder: Path, texts: Sequence[Tensor]) -> None:
+        self.exporter.write(drafter, folder, texts=texts)
+
+    def read(self, folder: Path, target: Target) -> Reader:
+        return self.exporter.read(folder, target)
+
+    def compare(
+        self, folder: Path, *, drafter: Drafter, target: Target, texts: Sequence[Tensor]
+    ) -> dict[str, float]:
+        return self.exporter.compare(folder, drafter=drafter, target=target, texts=texts)
+
+    def is_mine(self, folder: Path) -> bool:
+        return assistant.is_mine(folder)
+
+    def problems(self, folder: Path) -> list[str]:
+        return assistant.problems(folder)
