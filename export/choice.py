@@ -15,7 +15,7 @@ def all_exporters() -> list[Exporter]:
     for file in sorted(resources.files("conf").joinpath("exporter").iterdir(), key=str):
         if file.name.endswith(".yaml"):
             node = OmegaConf.create(file.read_text())
-            arguments = {k: v for k, v in node.items() if k not in ("_target_", "defaults")}
+            arguments = {str(k): v for k, v in node.items() if k not in ("_target_", "defaults")}
             made.append(get_class(node._target_)(**arguments))
     return made
 
