@@ -85,10 +85,15 @@ class ExportConfig:
     exporter: Any = MISSING
     out: str | None = None
     check: str | None = None
-    prove: int = 8
-    measure: int = 0
+    install: str | None = None
+    texts: int = 8
+    prove: bool = False
+    engine: str | None = None
     bench: Any = MISSING
+    prompts: int = 50
+    max_prompt_tokens: int = 1024
     max_new_tokens: int = 64
+    dtype: str = "float32"
 
 
 @dataclass

@@ -1,6 +1,10 @@
-"""`python -m export run=<run folder> exporter=<engine>`: a checkpoint that an engine loads."""
+"""`python -m export run=<run folder> exporter=<format>`: a checkpoint that an engine loads.
+
+With `prove=true` the engine itself decodes with it before it gets its name.
+"""
 
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -15,26 +19,34 @@ from conf.console import say
 from data_prep.prompts import Prompt
 from data_prep.shards import ShardReader
 from decode.prompts import Bench
-from export.base import Exporter
+from export.base import HERE, Exporter
 from export.card import in_words, model_card
 from export.check import check_export
 from export.choice import refuse
+from export.engine.base import Engine
+from export.engine.load import load_engine, load_environment
+from export.gate import measure, show
 from export.hf import DrafterReader
 from export.parity import prove_equal
+from export.served import Served
+from models.drafter.base import Drafter
 from models.run import Run, open_run
-from models.target import Target
+from models.target import Target, resolve_name
 
 SUPPLIED = RUNTIME_NAMES | {"dataset_folder"}
 """Arguments that this command fills in, so that a config need not."""
 LOOK = 128
 """Validation texts that a format may look at before it is written."""
-MAX_PROMPT_TOKENS = 1024
-"""Longer prompts are left out of measure=, as `python -m decode` does."""
 
 
 def export(cfg: DictConfig) -> Path:
     """Write, validate and prove one export; only then does it get its name."""
     check(cfg, runtime=SUPPLIED)
+    if cfg.install is not None:
+        environment = load_environment(cfg.install)
+        folder = environment.install()
+        say(f"{environment.name} {environment.version} is in {folder}.")
+        return folder
     if cfg.check is not None:
         folder = Path(cfg.check)
         say(f"{folder}: a whole export in the '{check_export(folder)}' format.")
@@ -42,8 +54,8 @@ def export(cfg: DictConfig) -> Path:
     exporter: Exporter = build(cfg.exporter)
     if cfg.run is None:
         raise ValueError(
-            "There is no run to export; give one, for example run=runs/hydra_heads/latest, or "
-            "check=<folder> to validate an exported folder."
+            "There is no run to export; give one, for example run=runs/hydra_heads/latest, "
+            "check=<folder> to validate an exported folder, or install=<engine>."
         )
     run = open_run(cfg.run)
     out = Path(cfg.out) if cfg.out is not None else run.path / "export" / exporter.name
@@ -52,16 +64,15 @@ def export(cfg: DictConfig) -> Path:
             f"'{out}' exists already and an export overwrites nothing; delete it, or give another "
             "folder with out=<folder>."
         )
-    if cfg.measure:
-        exporter.refuse_to_measure()
-    texts = _validation_texts(run, cfg.prove + LOOK)
+    engine = _engine(cfg, exporter) if cfg.prove else None
+    texts = _validation_texts(run, cfg.texts + LOOK)
     # Proven on other texts than those looked at, where there are enough.
-    texts, looked_at = texts[: cfg.prove], texts[cfg.prove :] or texts
+    texts, looked_at = texts[: cfg.texts], texts[cfg.texts :] or texts
     # fp32 on both sides: a difference is then a fault and not a rounding.
     target = run.load_target("float32")
     drafter = exporter.cast(run.load_drafter(target))
     refuse(exporter, drafter)
-    prompts = _prompts(cfg, run, target) if cfg.measure else []
+    prompts = _prompts(cfg, run, target) if engine is not None else []
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=".exporting-"))
     try:
@@ -75,12 +86,11 @@ def export(cfg: DictConfig) -> Path:
             target=target,
             texts=texts,
         )
-        both = {"drafter": drafter, "target": target}
-        figures = exporter.compare(temporary, texts=texts, **both)
+        figures = exporter.compare(temporary, texts=texts, drafter=drafter, target=target)
         served = None
-        if prompts:
-            length = cfg.max_new_tokens
-            served = exporter.measure(temporary, prompts=prompts, max_new_tokens=length, **both)
+        if engine is not None:
+            gamma = exporter.chain_length(drafter)
+            served = _prove(cfg, run, engine, temporary, drafter, target, prompts, gamma)
         record = {"proof": asdict(proof), "figures": figures}
         record["served"] = None if served is None else {"bench": cfg.bench.name, **served.as_dict()}
         (temporary / "parity.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -93,17 +103,77 @@ def export(cfg: DictConfig) -> Path:
             served=served,
         )
         (temporary / "README.md").write_text(card)
-        temporary.chmod(0o755)  # mkdtemp and safetensors write for their owner only
-        for file in temporary.iterdir():
-            file.chmod(0o644)
+        _let_others_read(temporary)
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     say(f"{proof}{in_words(figures)}.")
-    if served is not None:
-        say(f"{served.sentence()}.")
     say(f"Written: {out} for {exporter.engine}; its README.md says how to use it.")
+    usage = exporter.usage(target=str(run.config.target.name), depths=drafter.num_depths)
+    for command in re.findall(r"```bash\n(.*?)\n```", usage, flags=re.DOTALL):
+        say(f"Serve it with:\n{command.replace(HERE, str(out))}")
     return out
+
+
+def _engine(cfg: DictConfig, exporter: Exporter) -> Engine:
+    """The engine that proves this exporter's folders, installed."""
+    if not exporter.served_by:
+        raise ValueError(
+            "prove=true was asked for, but no engine that runs here loads what exporter="
+            f"{exporter.name} writes ({exporter.engine}); leave prove=false, or see "
+            "docs/engines.md for the formats that one does."
+        )
+    name = cfg.engine or exporter.served_by[0]
+    engine = load_engine(name)
+    if name not in exporter.served_by:
+        raise ValueError(
+            f"engine={name} was asked for, but {engine.title} does not load what exporter="
+            f"{exporter.name} writes; give one of {', '.join(exporter.served_by)}."
+        )
+    engine.refuse_dtype(cfg.dtype)
+    engine.install()
+    return engine
+
+
+def _prove(
+    cfg: DictConfig,
+    run: Run,
+    engine: Engine,
+    folder: Path,
+    drafter: Drafter,
+    target: Target,
+    prompts: list[Prompt],
+    gamma: int,
+) -> Served:
+    """The engine beside our decoder; raises ValueError where they do not agree."""
+    if cfg.dtype != "float32":
+        target = run.load_target(cfg.dtype)
+        drafter = drafter.bind(target).to(target.dtype)
+    with tempfile.TemporaryDirectory(prefix="draftsmith-") as scratch:
+        served = measure(
+            engine,
+            folder,
+            target_folder=_target_folder(run, target, Path(scratch)),
+            drafter=drafter,
+            target=target,
+            prompts=prompts,
+            gamma=gamma,
+            max_new_tokens=cfg.max_new_tokens,
+            dtype=cfg.dtype,
+        )
+    show(served)
+    served.insist()
+    return served
+
+
+def _target_folder(run: Run, target: Target, scratch: Path) -> Path:
+    """The target as a plain folder: its own, or one written for this run."""
+    own = Path(resolve_name(target.name))
+    if own.is_dir() and run.config.target.get("adapter") is None:
+        return own
+    target.model.save_pretrained(scratch)  # type: ignore[operator]
+    target.tokenizer.save_pretrained(scratch)
+    return scratch
 
 
 def _validation_texts(run: Run, count: int) -> list[Tensor]:
@@ -118,14 +188,22 @@ def _prompts(cfg: DictConfig, run: Run, target: Target) -> list[Prompt]:
     folder = Path(run.config.dataset.root) / run.config.dataset.name
     bench: Bench = build(cfg.bench, tokenizer=target.tokenizer, dataset_folder=folder)
     room = target.config.max_position_embeddings - cfg.max_new_tokens
-    prompts = bench.prompts(limit=cfg.measure, max_prompt_tokens=min(room, MAX_PROMPT_TOKENS))
+    longest = min(room, cfg.max_prompt_tokens)
+    prompts = bench.prompts(limit=cfg.prompts, max_prompt_tokens=longest)
     if not prompts:
         raise ValueError(
-            f"measure={cfg.measure} prompts were asked for and bench={cfg.bench.name} has none of "
-            f"{MAX_PROMPT_TOKENS} tokens or less (plain text asks nothing); choose another bench, "
-            "or measure=0."
+            f"prompts={cfg.prompts} were asked for and bench={cfg.bench.name} has none of "
+            f"{longest} tokens or less (plain text asks nothing); choose another bench, or "
+            "prove=false."
         )
     return prompts
+
+
+def _let_others_read(folder: Path) -> None:
+    """mkdtemp and safetensors write for their owner only."""
+    folder.chmod(0o755)
+    for file in folder.iterdir():
+        file.chmod(0o644)
 
 
 @hydra.main(version_base=None, config_path="pkg://conf", config_name="export")

@@ -22,12 +22,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from data_prep.prompts import Prompt
-from export.assisted import decode_assisted
 from export.base import Exporter, Precision, Reader
 from export.outside import ADVICE, MASS, outside_mass
 from export.plain import MAX_TOKENS, PlainModel, embedding_of, head_of, logits_of
-from export.served import Served
 from export.tensors import tensor_problems
 from models.drafter.base import Drafter
 from models.drafter.causal_lm import CausalLm
@@ -51,6 +48,7 @@ class AssistantExporter(Exporter):
     engine = "transformers assisted generation"
     library = "transformers"
     writes_text = True
+    served_by = ("transformers", "vllm")
 
     def __init__(self, *, gamma: int = 4, dtype: Precision | None = None) -> None:
         super().__init__(dtype=dtype)
@@ -168,28 +166,8 @@ class AssistantExporter(Exporter):
                 f"validation text, expected nowhere; nothing was exported: {ADVICE}."
             )
 
-    def refuse_to_measure(self) -> None:
-        """transformers is here."""
-
-    def measure(
-        self,
-        folder: Path,
-        *,
-        drafter: Drafter,
-        target: Target,
-        prompts: Sequence[Prompt],
-        max_new_tokens: int,
-    ) -> Served:
-        result = decode_assisted(
-            assistant=PlainModel(folder, target.device).model,
-            drafter=drafter,
-            target=target,
-            prompts=prompts,
-            gamma=self.gamma,
-            max_new_tokens=max_new_tokens,
-        )
-        result.insist()
-        return result
+    def chain_length(self, drafter: Drafter) -> int:
+        return self.gamma
 
     def usage(self, *, target: str, depths: int) -> str:
         served = "path/to/the/target" if target.startswith(PACKAGE_PREFIX) else target

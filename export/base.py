@@ -8,14 +8,16 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from data_prep.prompts import Prompt
-from export.served import Served
 from models.drafter.base import Drafter
 from models.target import Features, Target
 
 Precision = Literal["float32", "bfloat16", "float16"]
 UNLIMITED = 8
 """Drafts a chain is compared over, for a family that sets no limit."""
+
+
+HERE = "path/to/this/folder"
+"""What a model card calls the folder it lies in."""
 
 
 class Reader(Protocol):
@@ -38,6 +40,9 @@ class Exporter(ABC):
     """What the Hub says the folder is loaded with."""
     writes_text: ClassVar[bool] = False
     """Whether the folder is a language model of its own."""
+    served_by: ClassVar[tuple[str, ...]] = ()
+    """Engines (export/engine) that run here and load the folder; the first proves it unless another
+    is named."""
 
     def __init__(self, *, dtype: Precision | None = None) -> None:
         self.dtype = dtype
@@ -67,27 +72,11 @@ class Exporter(ABC):
         """What is proven beside equal drafts, as named figures; ValueError when it fails."""
         return {}
 
-    def refuse_to_measure(self) -> None:
-        """Raise ValueError when the engine cannot run here."""
-        raise ValueError(
-            f"measure= decodes prompts with the engine itself, and exporter={self.name} has none "
-            "that runs inside this command, only exporter=assistant has (transformers); leave "
-            "measure=0, or see docs/engines.md for engines that are installed apart."
-        )
-
-    def measure(
-        self,
-        folder: Path,
-        *,
-        drafter: Drafter,
-        target: Target,
-        prompts: Sequence[Prompt],
-        max_new_tokens: int,
-    ) -> Served:
-        """Decode prompts with the engine and the export; ValueError when it gives other text or
-        other tokens per step than the reference decoder."""
-        raise NotImplementedError
+    def chain_length(self, drafter: Drafter) -> int:
+        """Drafts a round that an engine is told to make with the folder."""
+        return drafter.num_depths
 
     @abstractmethod
     def usage(self, *, target: str, depths: int) -> str:
-        """Markdown that tells a reader of the model card how to use the folder."""
+        """Markdown that tells a reader of the model card how to use the folder, which it calls
+        `HERE`; commands stand in bash blocks, and the export prints them with the real path."""

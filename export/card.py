@@ -68,7 +68,7 @@ def model_card(
         f"Export proven: {proof}{in_words(figures or {})}.",
         "## Numbers",
         _numbers(run.path),
-        *([] if served is None else [f"Measured in the engine itself. {served.sentence()}."]),
+        *([] if served is None else _served(served)),
         "## How to use it",
         exporter.usage(target=target, depths=drafter.num_depths),
         "## Licence",
@@ -127,6 +127,13 @@ def _numbers(run: Path) -> str:
             "Not measured yet: `python -m decode run=<run>` measures it, and a new export shows it."
         )
     return "\n".join([head, "|---|---|---|---|---|---|", *rows, "", DEFINITIONS])
+
+
+def _served(served: Served) -> list[str]:
+    """What the engine gave, beside the reference decoder."""
+    rows = [f"| {' | '.join(row)} |" for row in served.table()]
+    table = "\n".join([f"| | {served.engine} | reference decoder |", "|---|---|---|", *rows])
+    return [f"Measured in the engine itself. {served.sentence()}.", table]
 
 
 def _estimate(e: dict[str, float]) -> str:

@@ -1,110 +1,227 @@
 """What a real engine gave with an export, beside the reference decoder on the same prompts."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from export.engine.base import Answer, Outcome
 
 TOLERANCE = 0.02
 """Relative difference of tokens per step from which something is wrong."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One greedy answer: its tokens after the first, round by round.
+class PromptRecord:
+    """One prompt. `own_text`: with the drafter the engine wrote what it writes without;
+    `same_text`: and our decoder writes the same. `rounds` is None where the engine only tells how
+    many there were (`steps`); `reference_rounds` are ours along the engine's text."""
 
-    The first token comes from the prompt's forward and belongs to no round. `rounds[i]` tokens were
-    produced by target forward i after that, the bonus token included; the last round counts what
-    the length limit or the end of the answer left of it.
-    """
-
-    tokens: list[int]
-    rounds: list[int]
+    id: str
+    tokens: int
+    own_text: bool
+    same_text: bool
+    steps: int
+    rounds: list[int] | None
+    reference_rounds: list[int]
+    plain_s: float
+    drafted_s: float
 
 
 @dataclass(frozen=True)
 class Served:
     """tau is the tokens produced per target forward after the prompt, bonus token included, over
-    all prompts together. `identical` answers equal the target's alone; `same_rounds` prompts gave
-    the same number of tokens in every single round as in the reference decoder."""
+    all prompts together. The engine's stands beside ours along the very text that the engine wrote,
+    so that a text that ours would not write (another kernel rounds otherwise) is no difference;
+    `decoder_tau` is that of our decoder on its own text. `accepted_by_depth` counts the rounds that
+    kept a draft of depth k (0-based), whatever the length limit cut off left out. Seconds are wall
+    clock of all prompts, prompt forwards included."""
 
     engine: str
-    prompts: int
-    tokens: int
+    versions: dict[str, str]
     gamma: int
     max_new_tokens: int
     dtype: str
-    identical: int
-    same_rounds: int
+    tokens: int
     engine_tau: float
     reference_tau: float
+    decoder_tau: float
+    engine_accepted_by_depth: list[int] | None
+    reference_accepted_by_depth: list[int]
+    counters: dict[str, Any]
+    records: list[PromptRecord]
+
+    @property
+    def prompts(self) -> int:
+        return len(self.records)
+
+    @property
+    def own_texts(self) -> int:
+        """Prompts answered as the engine answers alone."""
+        return sum(r.own_text for r in self.records)
+
+    @property
+    def same_texts(self) -> int:
+        """Prompts answered as our decoder answers."""
+        return sum(r.same_text for r in self.records)
+
+    @property
+    def same_rounds(self) -> int:
+        """Prompts with the same number of tokens in every single round."""
+        return sum(
+            r.steps == len(r.reference_rounds)
+            if r.rounds is None
+            else r.rounds == r.reference_rounds
+            for r in self.records
+        )
 
     @property
     def difference(self) -> float:
-        """Of the engine's tau, relative to the reference decoder's."""
+        """Of the engine's tau, relative to ours along the same text."""
         return self.engine_tau / self.reference_tau - 1.0
+
+    @property
+    def speedup(self) -> float | None:
+        """Wall clock without the drafter over wall clock with it; None when not timed."""
+        drafted = sum(r.drafted_s for r in self.records)
+        return sum(r.plain_s for r in self.records) / drafted if drafted else None
 
     def sentence(self) -> str:
         """The result in words."""
+        speedup = "" if self.speedup is None else f"; {self.speedup:.2f} times as fast as without"
         return (
-            f"{self.engine}: {self.engine_tau:.4f} tokens per step (bonus included), reference "
-            f"decoder {self.reference_tau:.4f}, difference {self.difference:+.2%}; greedy chains "
-            f"of {self.gamma}, {self.prompts} prompts, {self.tokens} new tokens, {self.dtype}; "
-            f"{self.identical} of {self.prompts} texts are the target's own, {self.same_rounds} of "
-            f"{self.prompts} prompts went through equal rounds"
+            f"{self.engine} ({_versions(self.versions)}): {self.engine_tau:.4f} tokens per step "
+            f"(bonus included), reference decoder {self.reference_tau:.4f} along the same text, "
+            f"difference {self.difference:+.2%}; greedy chains of {self.gamma}, {self.prompts} "
+            f"prompts, {self.tokens} new tokens, {self.dtype}; {self.own_texts} of {self.prompts} "
+            f"texts are the engine's own without drafter, {self.same_texts} also those of the "
+            f"reference decoder ({self.decoder_tau:.4f} tokens per step on its own texts), "
+            f"{self.same_rounds} of {self.prompts} prompts went through equal rounds{speedup}"
         )
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Rows of (what, engine, reference)."""
+        counted = self.engine_accepted_by_depth
+        rows = [("tokens per step", f"{self.engine_tau:.4f}", f"{self.reference_tau:.4f}")]
+        for depth, ours in enumerate(self.reference_accepted_by_depth):
+            theirs = "not shown" if counted is None else f"{counted[depth]}"
+            rows.append((f"accepted at depth {depth + 1}", theirs, f"{ours}"))
+        steps = sum(r.steps for r in self.records)
+        ours_steps = sum(len(r.reference_rounds) for r in self.records)
+        return [*rows, ("rounds", f"{steps}", f"{ours_steps}")]
+
+    def apart(self) -> list[str]:
+        """A sentence for each prompt that the engine answered otherwise."""
+        found = []
+        for r in self.records:
+            if not r.own_text:
+                found.append(f"{r.id}: with the drafter another text than without.")
+            elif not r.same_text:
+                found.append(
+                    f"{r.id}: another text than our decoder's (kernels round differently); our "
+                    "rounds are read along the engine's text."
+                )
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers for json."""
-        return {**asdict(self), "difference": self.difference}
+        return {
+            **asdict(self),
+            "prompts": self.prompts,
+            "own_texts": self.own_texts,
+            "same_texts": self.same_texts,
+            "same_rounds": self.same_rounds,
+            "difference": self.difference,
+            "speedup": self.speedup,
+        }
 
     def insist(self) -> None:
-        """Raise ValueError when a text or the tokens per step differ."""
-        if self.identical < self.prompts:
+        """Raise ValueError when a text changed or the tokens per step differ.
+
+        Texts are insisted on in float32 only: in half precision a forward over one token and one
+        over several break near-ties of the target's logits differently in every engine.
+        """
+        if self.dtype == "float32" and self.own_texts < self.prompts:
             raise ValueError(
-                f"With the export as its drafter {self.engine} wrote another text than the target "
-                f"alone for {self.prompts - self.identical} of {self.prompts} prompts, expected "
-                "none in greedy decoding, because a drafter may only change the speed; nothing was "
-                "exported. Compare in fp32, and if it stays report it to the engine."
+                f"With the export as its drafter {self.engine} wrote another text than alone for "
+                f"{self.prompts - self.own_texts} of {self.prompts} prompts, expected none in "
+                "greedy decoding, because a drafter may only change the speed; nothing was "
+                f"exported. {' '.join(self.apart())} If it stays with another drafter, report it "
+                "to the engine."
             )
         if abs(self.difference) > TOLERANCE:
             raise ValueError(
-                f"{self.sentence()}: more than {TOLERANCE:.0%} apart, although both decode the "
-                "same prompts with the same drafts; nothing was exported, because users would get "
-                "another speed than was measured. The exporter for this format is wrong."
+                f"{self.sentence()}: more than {TOLERANCE:.0%} apart, although both read the same "
+                "text with the same drafter; nothing was exported, because users would get another "
+                "speed than was measured. The exporter for this format is wrong, or the engine "
+                "reads the format otherwise than docs/engines.md says."
             )
 
 
 def served(
     *,
     engine: str,
-    alone: list[list[int]],
-    answers: list[Answer],
-    reference: list[Answer],
+    ids: Sequence[str],
+    plain: Outcome,
+    drafted: Outcome,
+    decoder: Sequence[Answer],
+    reference: Sequence[list[int]],
     gamma: int,
     max_new_tokens: int,
     dtype: str,
 ) -> Served:
-    """Put the three decodings of the same prompts side by side."""
-    both = list(zip(alone, answers, reference, strict=True))
+    """Put them side by side: the engine alone and with the drafter, our decoder on its own text,
+    and our rounds along the engine's text (`reference`)."""
+    records = [
+        PromptRecord(
+            id=name,
+            tokens=len(with_.tokens),
+            own_text=with_.tokens == alone.tokens,
+            same_text=with_.tokens == ours.tokens,
+            steps=with_.steps,
+            rounds=with_.rounds,
+            reference_rounds=rounds,
+            plain_s=alone.seconds,
+            drafted_s=with_.seconds,
+        )
+        for name, alone, with_, ours, rounds in zip(
+            ids, plain.answers, drafted.answers, decoder, reference, strict=True
+        )
+    ]
+    produced = sum(max(0, r.tokens - 1) for r in records)
+    shown = [r.rounds for r in records if r.rounds is not None]
     return Served(
         engine=engine,
-        prompts=len(both),
-        tokens=sum(len(a.tokens) for a in answers),
+        versions=drafted.versions,
         gamma=gamma,
         max_new_tokens=max_new_tokens,
         dtype=dtype,
-        identical=sum(plain == a.tokens == r.tokens for plain, a, r in both),
-        same_rounds=sum(a.rounds == r.rounds for _, a, r in both),
-        engine_tau=_tau(answers),
-        reference_tau=_tau(reference),
+        tokens=sum(r.tokens for r in records),
+        engine_tau=_tau(produced, sum(r.steps for r in records)),
+        reference_tau=_tau(produced, sum(len(r.reference_rounds) for r in records)),
+        decoder_tau=_tau(
+            sum(max(0, len(a.tokens) - 1) for a in decoder), sum(a.steps for a in decoder)
+        ),
+        engine_accepted_by_depth=_by_depth(shown, gamma) if len(shown) == len(records) else None,
+        reference_accepted_by_depth=_by_depth([r.reference_rounds for r in records], gamma),
+        counters=drafted.counters,
+        records=records,
     )
 
 
-def _tau(answers: list[Answer]) -> float:
-    rounds = sum(len(a.rounds) for a in answers)
-    if not rounds:
+def _by_depth(rounds: Sequence[list[int]], gamma: int) -> list[int]:
+    """Rounds that kept a draft of depth k: those that produced more than k + 1 tokens."""
+    return [sum(n > k + 1 for own in rounds for n in own) for k in range(gamma)]
+
+
+def _tau(produced: int, steps: int) -> float:
+    if not steps:
         raise ValueError(
             "Every answer ended with its first token, so no round was decoded and there are no "
-            "tokens per step to compare; give more prompts (measure=), longer answers "
+            "tokens per step to compare; give more prompts (prompts=), longer answers "
             "(max_new_tokens=) or another bench."
         )
-    return sum(sum(a.rounds) for a in answers) / rounds
+    return produced / steps
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())

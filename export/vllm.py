@@ -23,6 +23,7 @@ class VllmExporter(FormatExporter):
 
     name = "vllm"
     engine = "vLLM"
+    served_by = ("vllm",)
     forms = (Eagle3Format(), VllmEagle(), MedusaFormat(), LanguageModel())
     cannot = (
         "it has EAGLE-3, EAGLE with the target's head, Medusa (0.32 and older), whose heads read "

@@ -124,6 +124,10 @@ class FormatExporter(Exporter):
         assert form is not None
         return form.compare(folder, drafter=drafter, target=target, texts=texts)
 
+    def chain_length(self, drafter: Drafter) -> int:
+        form = self.form(drafter)
+        return drafter.num_depths if form is not None and form.all_depths else self.gamma
+
     def usage(self, *, target: str, depths: int) -> str:
         assert self.used is not None, "write comes first"
         drafts = depths if self.used.all_depths else self.gamma

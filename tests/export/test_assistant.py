@@ -17,14 +17,14 @@ from data_prep.prompts import Prompt
 from export.__main__ import export
 from export.assistant import AssistantExporter
 from export.check import check_export
-from export.hf import DrafterReader, HfExporter
+from export.hf import DrafterReader
 from export.outside import outside_mass, outside_row, widen
 from export.parity import prove_equal
-from export.served import Answer, served
 from models.drafter.causal_lm import CausalLm
 from models.drafter.medusa import Medusa
 from models.lm_shape import plain_config
 from models.target import Target
+from tests.export.here import measure_here
 from tests.export.tiny_run import write_run
 from tests.tiny import tiny_target
 
@@ -119,10 +119,15 @@ def test_transformers_alone_drafts_the_same(
     assert ("largest_outside_mass" in figures) == (size is not None)
     assert figures.get("largest_outside_mass", 0.0) < 1e-6
 
-    result = exporter.measure(
-        tmp_path, drafter=drafter, target=leaning, prompts=prompts(leaning), max_new_tokens=22
+    result = measure_here(
+        tmp_path,
+        drafter=drafter,
+        target=leaning,
+        prompts=prompts(leaning),
+        gamma=3,
+        max_new_tokens=22,
     )
-    assert (result.identical, result.same_rounds) == (5, 5)
+    assert (result.own_texts, result.same_texts, result.same_rounds) == (5, 5, 5)
     assert result.difference == 0.0
     # The comparison would see a wrong count: some drafts are accepted and some are not.
     assert 1.0 < result.engine_tau < 4.0
@@ -169,8 +174,13 @@ def test_a_copy_of_the_target_is_always_accepted(target: Target, tmp_path: Path)
         drafter.init_from(target)
     exporter = AssistantExporter(gamma=3)
     exporter.write(drafter, tmp_path)
-    result = exporter.measure(
-        tmp_path, drafter=drafter, target=target, prompts=prompts(target, 2), max_new_tokens=23
+    result = measure_here(
+        tmp_path,
+        drafter=drafter,
+        target=target,
+        prompts=prompts(target, 2),
+        gamma=3,
+        max_new_tokens=23,
     )
     # 22 tokens after the first, four a round: five full rounds and one of two.
     assert result.engine_tau == pytest.approx(22 / 6)
@@ -200,9 +210,14 @@ def test_a_wrong_export_is_caught(leaning: Target, tmp_path: Path, fault: str) -
     with pytest.raises(ValueError, match="logits differ"):
         exporter.compare(tmp_path, drafter=drafter, target=leaning, texts=texts(leaning))
     # The text stays the target's own, so that only the tokens per step tell.
-    with pytest.raises(ValueError, match=r"5 of 5 texts are the target's own.*more than 2%"):
-        exporter.measure(
-            tmp_path, drafter=drafter, target=leaning, prompts=prompts(leaning), max_new_tokens=22
+    with pytest.raises(ValueError, match=r"5 of 5 texts are the engine's own.*more than 2%"):
+        measure_here(
+            tmp_path,
+            drafter=drafter,
+            target=leaning,
+            prompts=prompts(leaning),
+            gamma=3,
+            max_new_tokens=22,
         )
 
 
@@ -210,8 +225,13 @@ def test_another_draft_length_is_caught(leaning: Target, tmp_path: Path) -> None
     drafter = causal_lm(leaning, head=OWN)
     AssistantExporter(gamma=1).write(drafter, tmp_path)
     with pytest.raises(ValueError, match="more than 2%"):
-        AssistantExporter(gamma=4).measure(
-            tmp_path, drafter=drafter, target=leaning, prompts=prompts(leaning), max_new_tokens=22
+        measure_here(
+            tmp_path,
+            drafter=drafter,
+            target=leaning,
+            prompts=prompts(leaning),
+            gamma=4,
+            max_new_tokens=22,
         )
 
 
@@ -222,10 +242,15 @@ def test_a_penalty_of_the_target_is_set_aside(tmp_path: Path) -> None:
     exporter = AssistantExporter()
     exporter.write(drafter, tmp_path)
     assert "repetition_penalty" not in (tmp_path / "generation_config.json").read_text()
-    result = exporter.measure(
-        tmp_path, drafter=drafter, target=target, prompts=prompts(target, 2), max_new_tokens=20
+    result = measure_here(
+        tmp_path,
+        drafter=drafter,
+        target=target,
+        prompts=prompts(target, 2),
+        gamma=4,
+        max_new_tokens=20,
     )
-    assert result.identical == 2
+    assert result.own_texts == result.same_texts == 2
     assert target.model.generation_config.repetition_penalty == 3.0
 
 
@@ -281,6 +306,7 @@ def run_export(*overrides: str) -> Path:
         return export(compose("export", overrides=list(overrides)))
 
 
+@pytest.mark.engine
 def test_the_command_measures_and_records(
     leaning: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,8 +317,8 @@ def test_the_command_measures_and_records(
     run = tmp_path / "tiny"
     target_dir = tmp_path / "target"
     write_run(run, drafter=drafter, node=node, target=leaning, target_dir=target_dir, prompt=8)
-    common = (f"run={run}", "prove=2", "measure=3", "max_new_tokens=20")
-    with pytest.raises(ValueError, match="only exporter=assistant has"):
+    common = (f"run={run}", "texts=2", "prove=true", "prompts=3", "max_new_tokens=20")
+    with pytest.raises(ValueError, match="no engine that runs here loads what exporter=hf"):
         run_export(*common, "exporter=hf")
     out = run_export(*common, "exporter=assistant", "exporter.gamma=3")
     assert out == run / "export" / "assistant"
@@ -300,7 +326,7 @@ def test_the_command_measures_and_records(
     record = json.loads((out / "parity.json").read_text())
     served_there = record["served"]
     assert served_there["bench"] == "heldout"
-    assert (served_there["prompts"], served_there["identical"]) == (3, 3)
+    assert [served_there[k] for k in ("prompts", "own_texts", "same_texts")] == [3, 3, 3]
     assert served_there["engine_tau"] == served_there["reference_tau"] > 1.0
     assert served_there["difference"] == 0.0
     assert record["figures"]["largest_outside_mass"] < 1e-6
@@ -311,7 +337,7 @@ def test_the_command_measures_and_records(
     printed = " ".join(capsys.readouterr().err.split())
     for text in (card, printed):
         assert sentence in text
-        assert f"reference decoder {served_there['reference_tau']:.4f}, difference +0.00%" in text
+        assert f"reference decoder {served_there['reference_tau']:.4f} along the same text" in text
     assert "library_name: transformers" in card
     assert '"num_speculative_tokens": 3' in card
 
@@ -327,8 +353,6 @@ def test_what_it_cannot_serve_is_refused(target: Target, tmp_path: Path) -> None
         exporter.refuse(causal_lm(target, head={**OWN, "bias": True}))
     with pytest.raises(ValueError, match="gamma=0"):
         AssistantExporter(gamma=0)
-    with pytest.raises(ValueError, match="only exporter=assistant has"):
-        HfExporter().refuse_to_measure()
 
 
 def test_the_validator_names_each_fault(leaning: Target, tmp_path: Path) -> None:
@@ -346,36 +370,3 @@ def test_the_validator_names_each_fault(leaning: Target, tmp_path: Path) -> None
     for fault in ("'model.norm.weight' is missing", "'token_map'", "tokenizer.json is missing"):
         assert fault in str(error.value)
     assert "confidence threshold" in str(error.value)
-
-
-def test_rounds_are_counted_by_hand() -> None:
-    # Two prompts: 5 tokens after the first in 2 rounds, and none. tau = 5 / 2.
-    ours = [Answer([7, 1, 2, 3, 4, 5], [3, 2]), Answer([2], [])]
-    theirs = [Answer([7, 1, 2, 3, 4, 5], [2, 2, 1]), Answer([2], [])]
-    alone = [a.tokens for a in ours]
-    made = served(
-        engine="x",
-        alone=alone,
-        answers=theirs,
-        reference=ours,
-        gamma=2,
-        max_new_tokens=6,
-        dtype="float32",
-    )
-    assert (made.engine_tau, made.reference_tau) == (5 / 3, 5 / 2)
-    assert made.difference == pytest.approx(-1 / 3)
-    assert (made.identical, made.same_rounds, made.tokens) == (2, 1, 7)
-    with pytest.raises(ValueError, match="more than 2% apart"):
-        made.insist()
-    alone[0] = [7, 1, 2, 3, 4, 6]
-    other = served(
-        engine="x",
-        alone=alone,
-        answers=ours,
-        reference=ours,
-        gamma=2,
-        max_new_tokens=6,
-        dtype="float32",
-    )
-    with pytest.raises(ValueError, match=r"another text .* for 1 of 2 prompts"):
-        other.insist()

@@ -60,7 +60,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("exporter", ["hf", "vllm"])
 def test_export_writes_validates_proves_and_describes(run: Path, exporter: str) -> None:
-    done = command(f"run={run}", f"exporter={exporter}", "prove=2")
+    done = command(f"run={run}", f"exporter={exporter}", "texts=2")
     assert done.returncode == 0, done.stderr
     folder = run / "export" / exporter
     assert {f.name for f in folder.iterdir()} == {

