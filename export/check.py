@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from export import assistant, hf
+from export.formats import gguf_check
 from export.formats.eagle import SglangEagle, VllmEagle
 from export.formats.eagle3 import Eagle3Format
 from export.formats.medusa import MedusaFormat
@@ -23,12 +24,15 @@ FORMATS = (
 
 
 def check_export(folder: Path) -> str:
-    """The name of the folder's format. Raises ValueError with every problem it has."""
+    """The format of a folder or of a GGUF file. Raises ValueError with every problem it has."""
+    if gguf_check.is_mine(folder):
+        _insist(folder, gguf_check.problems(folder))
+        return "gguf"
     config = folder / "config.json"
     if not config.is_file():
         raise ValueError(
-            f"'{folder}' has no config.json, so it is no exported drafter; give a folder written "
-            "by `python -m export run=<run>`."
+            f"'{folder}' has no config.json and no .gguf file, so it is no exported "
+            "drafter; give a folder written by `python -m export run=<run>`."
         )
     try:
         json.loads(config.read_text())
@@ -39,10 +43,7 @@ def check_export(folder: Path) -> str:
         ) from error
     for form in FORMATS:
         if form.is_mine(folder):
-            problems = form.problems(folder)
-            if problems:
-                lines = "\n".join(f"  - {p}" for p in problems)
-                raise ValueError(f"The export in '{folder}' would not serve:\n{lines}")
+            _insist(folder, form.problems(folder))
             return getattr(form, "name", None) or form.__name__.rpartition(".")[2]  # type: ignore[union-attr]
     raise ValueError(
         f"'{config}' is in no format we know: expected '_target_' (ours), EAGLE-3 or EAGLE, "
@@ -50,3 +51,9 @@ def check_export(folder: Path) -> str:
         "or a language model whose generation_config.json has num_assistant_tokens; give the "
         "folder of an exported or published drafter."
     )
+
+
+def _insist(folder: Path, problems: list[str]) -> None:
+    if problems:
+        lines = "\n".join(f"  - {p}" for p in problems)
+        raise ValueError(f"The export in '{folder}' would not serve:\n{lines}")

@@ -111,6 +111,21 @@ def tensor_problems(
             ours + name.removeprefix(theirs) if name.startswith(theirs) else name: shape
             for name, shape in found.items()
         }
+    problems = shape_problems(found, expected, optional=optional, stray=stray)
+    precisions = sorted({d for d in dtypes.values() if d in FLOATS})
+    if len(precisions) > 1:
+        problems.append(f"weights are in several precisions ({', '.join(precisions)})")
+    return problems
+
+
+def shape_problems(
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    optional: Mapping[str, tuple[int, ...]] | None = None,
+    stray: str = "belongs to no part of this format",
+) -> list[str]:
+    """Missing, stray and misshapen tensors by name; one sentence each."""
     known = {**(optional or {}), **expected}
     problems = [f"tensor '{name}' is missing" for name in sorted(expected.keys() - found.keys())]
     problems += [
@@ -122,9 +137,6 @@ def tensor_problems(
         for name in sorted(known.keys() & found.keys())
         if found[name] != tuple(known[name])
     ]
-    precisions = sorted({d for d in dtypes.values() if d in FLOATS})
-    if len(precisions) > 1:
-        problems.append(f"weights are in several precisions ({', '.join(precisions)})")
     return problems
 
 

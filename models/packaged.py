@@ -16,8 +16,8 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DRAFTSMITH_CACHE", "~/.cache/draftsmith")).expanduser()
 
 
-def convert_packaged_gguf(module: str) -> Path:
-    """Dequantise the GGUF inside an installed package into the cache, once and atomically."""
+def packaged_gguf(module: str) -> Path:
+    """The one GGUF file inside an installed package. Raises ValueError where there is none."""
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
@@ -31,7 +31,13 @@ def convert_packaged_gguf(module: str) -> Path:
         raise ValueError(
             f"The package '{module}' at {folder} holds {len(found)} .gguf files, expected one."
         )
-    gguf = found[0]
+    return found[0]
+
+
+def convert_packaged_gguf(module: str) -> Path:
+    """Dequantise the GGUF inside an installed package into the cache, once and atomically."""
+    gguf = packaged_gguf(module)
+    folder = gguf.parent
     out = cache_dir() / "targets" / f"{module}-{gguf.stem}-{gguf.stat().st_size}"
     if (out / "config.json").exists():
         return out

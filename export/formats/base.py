@@ -71,7 +71,7 @@ class FormatExporter(Exporter):
     none.
     """
 
-    forms: ClassVar[tuple[Format, ...]]
+    forms: tuple[Format, ...]
     cannot: ClassVar[str]
     """Why other families have no place there; a clause that follows a colon."""
 

@@ -30,11 +30,11 @@ def test_who_can_write_what(target: Target) -> None:
     }
     found = {name: set(able(drafter)) for name, drafter in everywhere.items()}
     assert {"hf", "vllm", "tgi"} <= found["medusa"]
-    assert {"hf", "vllm", "sglang", "tensorrt_llm"} <= found["eagle3"]
+    assert {"hf", "vllm", "sglang", "tensorrt_llm", "gguf"} <= found["eagle3"]
     assert {"hf", "vllm", "sglang"} <= found["eagle"]
     # a head of its own has no place beside the target's
     assert "hf" in found["own"]
-    assert not {"vllm", "sglang", "assistant"} & found["own"]
+    assert not {"vllm", "sglang", "assistant", "gguf"} & found["own"]
 
 
 def test_a_refusal_names_those_that_can(target: Target) -> None:
