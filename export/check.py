@@ -4,20 +4,27 @@ import json
 from pathlib import Path
 
 from export import assistant, hf
-from export.formats import gguf_check
+from export.formats import dflash, gguf_check
 from export.formats.eagle import SglangEagle, VllmEagle
 from export.formats.eagle3 import Eagle3Format
+from export.formats.hydra import HydraFormat
+from export.formats.kangaroo import KangarooFormat
 from export.formats.medusa import MedusaFormat
 from export.formats.medusa_heads import OriginalMedusa, TgiMedusa
+from export.formats.speculators_eagle3 import SpeculatorsFormat
 
 FORMATS = (
     hf,
+    SpeculatorsFormat(),
+    dflash,
     MedusaFormat(),
     TgiMedusa(),
     OriginalMedusa(),
+    HydraFormat(),
     Eagle3Format(),
     VllmEagle(),
     SglangEagle(),
+    KangarooFormat(),
     assistant,
 )
 """Modules or formats with `is_mine` and `problems`; the first that a folder belongs to."""

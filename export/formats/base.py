@@ -211,3 +211,20 @@ def embedding_complaint(target: Target) -> str | None:
         f"The target '{target.name}' scales its token embeddings, and engines give a drafter of "
         "this kind the unscaled rows."
     )
+
+
+def whole_vocabulary(drafter: Drafter) -> Drafter:
+    """A drafter with the target's frozen head, drafting over all tokens instead of some.
+
+    Nothing of it depends on the vocabulary but the rows that are borrowed, so the weights are the
+    same ones.
+    """
+    if drafter.draft_vocab_size is None:
+        return drafter
+    assert isinstance(drafter.head(0), FrozenHead)
+    arguments: dict[str, Any] = dict(drafter._hub_mixin_config or {})  # type: ignore[call-overload]
+    family: Any = type(drafter)
+    whole: Any = family(**arguments | {"draft_vocab_size": None})
+    weights = {k: v for k, v in drafter.state_dict().items() if k != "draft_ids_D"}
+    whole.load_state_dict(weights)
+    return whole.to(drafter.target.device, drafter.dtype).bind(drafter.target).eval()

@@ -33,6 +33,7 @@ from export.formats.base import (
     floats,
     head_complaint,
     read_config,
+    whole_vocabulary,
     write_files,
 )
 from export.formats.layer import (
@@ -79,16 +80,7 @@ class EagleFormat(Format):
 
     def as_written(self, drafter: Drafter) -> Drafter:
         """Over the target's whole vocabulary."""
-        if drafter.draft_vocab_size is None:
-            return drafter
-        assert isinstance(drafter, EagleNet)
-        arguments: dict[str, Any] = dict(drafter._hub_mixin_config or {})  # type: ignore[call-overload]
-        family: Any = type(drafter)
-        whole: Any = family(**arguments | {"draft_vocab_size": None})
-        weights = {k: v for k, v in drafter.state_dict().items() if k != "draft_ids_D"}
-        whole.load_state_dict(weights)
-        whole = whole.to(drafter.fc.weight.device, drafter.dtype)
-        return whole.bind(drafter.target).eval()
+        return whole_vocabulary(drafter)
 
     def write(self, drafter: Drafter, folder: Path, texts: Sequence[Tensor]) -> None:
         assert isinstance(drafter, EagleNet)

@@ -14,6 +14,9 @@ from models.drafter.base import Drafter
 from models.drafter.eagle import Eagle
 from models.drafter.eagle3 import Eagle3
 from models.drafter.hass import Hass
+from models.drafter.hydra_heads import HydraHeads
+from models.drafter.kangaroo import Kangaroo
+from models.drafter.medusa import Medusa
 from models.target import Target
 
 OWN = {"_target_": "models.head.own.OwnHead"}
@@ -61,6 +64,40 @@ def eagle(
 
 def hass(target: Target) -> Hass:
     return eagle(target, family=Hass, steps=2)
+
+
+def hydra(target: Target, *, head: Any = OWN, **more: Any) -> Any:
+    drafter = HydraHeads(
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        target_shape=target.layer_shape,
+        num_heads=3,
+        head=head,
+        **more,
+    )
+    return random_weights(drafter, target)
+
+
+def kangaroo(target: Target, *, head: Any = FROZEN, **more: Any) -> Any:
+    drafter = Kangaroo(
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        target_shape=target.layer_shape,
+        head=head,
+        **more,
+    )
+    return random_weights(drafter, target)
+
+
+def medusa(target: Target, *, head: Any = OWN, **more: Any) -> Any:
+    drafter = Medusa(
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        num_heads=3,
+        head=head,
+        **more,
+    )
+    return random_weights(drafter, target)
 
 
 def texts(target: Target) -> list[Tensor]:
