@@ -97,6 +97,18 @@ class ExportConfig:
 
 
 @dataclass
+class ImportDrafterConfig:
+    """`python -m scripts.import_drafter`"""
+
+    name: str = "import_drafter"
+    checkpoint: str = MISSING
+    target: Any = MISSING
+    dataset: Any = MISSING
+    out: str | None = None
+    texts: int = 8
+
+
+@dataclass
 class OnlineConfig:
     """`python -m scripts.online`"""
 
@@ -201,6 +213,7 @@ def register() -> None:
     store.store(name="data_prep_schema", node=DataPrepConfig)
     store.store(name="decode_schema", node=DecodeConfig)
     store.store(name="export_schema", node=ExportConfig)
+    store.store(name="import_drafter_schema", node=ImportDrafterConfig)
     store.store(name="online_schema", node=OnlineConfig)
     store.store(name="study_schema", node=StudyConfig)
     store.store(name="trim_schema", node=TrimConfig)

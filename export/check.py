@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from export import assistant, hf
 from export.formats import dflash, gguf_check
@@ -51,13 +52,18 @@ def check_export(folder: Path) -> str:
     for form in FORMATS:
         if form.is_mine(folder):
             _insist(folder, form.problems(folder))
-            return getattr(form, "name", None) or form.__name__.rpartition(".")[2]  # type: ignore[union-attr]
+            return format_name(form)
     raise ValueError(
         f"'{config}' is in no format we know: expected '_target_' (ours), EAGLE-3 or EAGLE, "
         "'speculators_model_type', 'model_type': 'medusa', 'medusa_num_heads', 'hydra_num_heads', "
         "or a language model whose generation_config.json has num_assistant_tokens; give the "
         "folder of an exported or published drafter."
     )
+
+
+def format_name(form: Any) -> str:
+    """What a format is called, a module or an object."""
+    return getattr(form, "name", None) or form.__name__.rpartition(".")[2]
 
 
 def _insist(folder: Path, problems: list[str]) -> None:

@@ -18,6 +18,7 @@ class SpeculatorsExporter(FormatExporter):
     name = "speculators"
     engine = "vLLM by speculators' format"
     forms: tuple[Format, ...] = ()
+    served_by = ("vllm",)
     cannot = "the format has EAGLE-3 (of the families here)"
 
     def __init__(

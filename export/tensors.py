@@ -5,9 +5,11 @@ is read with `weights_only=True`, which unpickles tensors and nothing else.
 """
 
 import json
+import pickle
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,18 +55,30 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
                 tensors |= {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
             continue
         say(f"{file.name} is a torch pickle: read with weights_only, tensors and nothing else.")
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        loaded = _unpickled(file)
         for _ in range(2):  # some trainers wrap the tensors once
             inner = loaded.get("state_dict", loaded)
             loaded = inner if isinstance(inner, dict) else loaded
         odd = [name for name, t in loaded.items() if not isinstance(t, Tensor)]
         if odd:
-            raise ValueError(
-                f"'{file}' holds more than tensors ({', '.join(map(str, odd[:3]))}), expected the "
-                "state dict of a drafter; give the file with its weights alone."
-            )
+            raise _more_than_tensors(file, ", ".join(map(str, odd[:3])))
         tensors |= loaded
     return tensors
+
+
+def _unpickled(file: Path) -> dict[str, Any]:
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise _more_than_tensors(file, str(error).splitlines()[0]) from error
+    return loaded if isinstance(loaded, dict) else {"what is in it": loaded}
+
+
+def _more_than_tensors(file: Path, what: str) -> ValueError:
+    return ValueError(
+        f"'{file}' holds more than tensors ({what}), expected the state dict of a drafter; give "
+        "the file with its weights alone."
+    )
 
 
 def tensor_shapes(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:

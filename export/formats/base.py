@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from export.base import Exporter, Precision, Reader
+from export.tensors import load_tensors
 from models.drafter.base import Drafter
 from models.head.frozen import FrozenHead
 from models.head.low_rank import LowRankHead
@@ -60,7 +61,8 @@ class Format(ABC):
         """A drafter of ours with the folder's weights, bound to `target`."""
         raise ValueError(
             f"'{folder}' is in the '{self.name}' format, which there is no way back from; give a "
-            "checkpoint of EAGLE, EAGLE-3 (native or speculators), Medusa, Hydra or Kangaroo."
+            "checkpoint of EAGLE, EAGLE-3 (native or speculators), Medusa, Hydra, Kangaroo or a "
+            "small language model."
         )
 
 
@@ -165,8 +167,8 @@ def plain(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def floats(folder: Path, device: torch.device) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, floats in fp32."""
-    loaded = load_file(folder / "model.safetensors", device=str(device))
+    """All tensors of a checkpoint, floats in fp32."""
+    loaded = {name: t.to(device) for name, t in load_tensors(folder).items()}
     return {name: t.float() if t.is_floating_point() else t for name, t in loaded.items()}
 
 

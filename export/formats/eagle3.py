@@ -86,7 +86,10 @@ class Eagle3Format(Format):
         config = read_config(folder)
         named = (config.get("architectures") or [""])[0]
         return "speculators_model_type" not in config and (
-            "Eagle3" in named or IDS in config or IDS in (config.get("eagle_config") or {})
+            "Eagle3" in named
+            or "draft_vocab_size" in config
+            or IDS in config
+            or IDS in (config.get("eagle_config") or {})
         )
 
     def problems(self, folder: Path) -> list[str]:
@@ -259,31 +262,31 @@ def vocabulary_map_problems(folder: Path, config: dict[str, Any]) -> list[str]:
 class Eagle3Checkpoint:
     """A reader of the format as engines describe it: no cache, one forward a draft."""
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        tensors: dict[str, Tensor],
-        target: Target,
-        *,
-        layer: str = "midlayer",
-    ) -> None:
-        self.config, self.tensors, self.target, self.name = config, tensors, target, layer
-        self.layer = CheckpointLayer(tensors, layer, config)
+    def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], target: Target) -> None:
+        self.config, self.tensors, self.target = config, tensors, target
+        native = any(name.startswith("midlayer.") for name in tensors)
+        self.name = "midlayer" if native else "layers.0"
+        self.layer = CheckpointLayer(tensors, self.name, config)
+        if "lm_head.weight" not in tensors:
+            tensors["lm_head.weight"] = target.head_weight_Vd.float()
 
     def logits(self, given_Td: Tensor, tokens_T: Tensor) -> tuple[Tensor, Tensor]:
         """(draft logits `[T, D]`, what is fed back `[T, d]`) of features g and the tokens after."""
         embedded_Td = self.target.embed(tokens_T).float()
         normed_Td = self.layer.norm(f"{self.name}.hidden_norm.weight", given_Td)
         e_Td = self.layer.norm(f"{self.name}.input_layernorm.weight", embedded_Td)
-        residual_Td = normed_Td if self.config["norm_before_residual"] else given_Td
+        residual_Td = normed_Td if self.config.get("norm_before_residual") else given_Td
         out_Td = self.layer(torch.cat([e_Td, normed_Td], dim=-1), residual_Td)
         states_Td = self.layer.norm("norm.weight", out_Td)
         logits_TD = states_Td @ self.tensors["lm_head.weight"].T
-        return logits_TD, states_Td if self.config["norm_output"] else out_Td
+        return logits_TD, states_Td if self.config.get("norm_output") else out_Td
 
     def combined(self, features: Features) -> Tensor:
         """g = C [h^low; h^mid; h^high], `[T, d]`."""
-        ids = self.config[IDS]
+        layers = self.target.num_layers
+        inner = (self.config.get("eagle_config") or {}).get(IDS)
+        after = inner and [k + 1 for k in inner]
+        ids = self.config.get(IDS) or after or [2, layers // 2, layers - 3]
         joined = torch.cat([features.layers[k][0].float() for k in ids], dim=-1)
         return joined @ self.tensors["fc.weight"].T
 

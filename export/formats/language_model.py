@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
+from transformers import AutoConfig
 
 from export import assistant
 from export.assistant import AssistantExporter
@@ -13,6 +14,9 @@ from models.drafter.base import Drafter
 from models.drafter.causal_lm import CausalLm
 from models.drafter.sorted_lm import SortedLm
 from models.target import Target
+
+OWN = {"_target_": "models.head.own.OwnHead"}
+TIED = {"_target_": "models.head.tied.TiedHead"}
 
 
 class LanguageModel(Format):
@@ -41,6 +45,22 @@ class LanguageModel(Format):
         self, folder: Path, *, drafter: Drafter, target: Target, texts: Sequence[Tensor]
     ) -> dict[str, float]:
         return self.exporter.compare(folder, drafter=drafter, target=target, texts=texts)
+
+    def load(self, folder: Path, target: Target) -> Drafter:
+        """Any causal language model with the target's tokenizer."""
+        tied = bool(AutoConfig.from_pretrained(folder).tie_word_embeddings)
+        drafter = CausalLm(
+            hidden_size=target.hidden_size,
+            vocab_size=target.vocab_size,
+            target_config=target.plain_config,
+            init="source",
+            source=str(folder),
+            embedding="own",
+            head=TIED if tied else OWN,
+        )
+        drafter.bind(target)
+        drafter.init_from(target)
+        return drafter.to(target.device).eval()
 
     def is_mine(self, folder: Path) -> bool:
         return assistant.is_mine(folder)

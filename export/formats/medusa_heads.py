@@ -88,9 +88,10 @@ class MedusaHeads(Format):
         return found + tensor_problems(folder, expected)
 
     def load(self, folder: Path, target: Target) -> Drafter:
-        config = read_config(folder)
-        heads, layers = int(config["medusa_num_heads"]), int(config["medusa_num_layers"])
-        return assemble(load_tensors(folder), heads, layers, target, [])
+        """As many heads as the file has: published configs name fewer."""
+        tensors, layers = load_tensors(folder), int(read_config(folder)["medusa_num_layers"])
+        heads = 1 + max(int(name.partition(".")[0]) for name in tensors)
+        return assemble(tensors, heads, layers, target, [])
 
 
 class TgiMedusa(MedusaHeads):

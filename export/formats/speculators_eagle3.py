@@ -98,8 +98,7 @@ class SpeculatorsFormat(Format):
 
     def read(self, folder: Path, target: Target) -> Reader:
         config = flat(read_config(folder))
-        tensors = floats(folder, target.device)
-        return Eagle3Checkpoint(config, tensors, target, layer="layers.0")
+        return Eagle3Checkpoint(config, floats(folder, target.device), target)
 
     def is_mine(self, folder: Path) -> bool:
         return "speculators_model_type" in read_config(folder)
