@@ -49,6 +49,7 @@ from models.drafter.eagle3 import Eagle3
 from models.target import Features, Target
 
 IDS = "eagle_aux_hidden_state_layer_ids"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 STRAY = "belongs to no part of this format, and engines drop it in silence"
 
@@ -111,7 +112,7 @@ class Eagle3Format(Format):
         expected, optional = expected_tensors(config, "midlayer")
         renamed = {"layers.0.": "midlayer.", "model.": ""}
         found += tensor_problems(folder, expected, optional=optional, renamed=renamed, stray=STRAY)
-        return found + vocabulary_map_problems(folder, config)
+        return found + vocabulary_map_problems(folder, config) + tokenizer_problems(folder)
 
     def load(self, folder: Path, target: Target) -> Drafter:
         from export.formats.eagle3_import import load_eagle3
@@ -257,6 +258,12 @@ def vocabulary_map_problems(folder: Path, config: dict[str, Any]) -> list[str]:
     if int(config.get("draft_vocab_size") or vocab) == vocab:
         return ["d2t is there although the draft vocabulary is whole, which vLLM cannot load"]
     return map_problems(d2t_D, tensors.get("t2d"), vocab)
+
+
+def tokenizer_problems(folder: Path) -> list[str]:
+    """Half a tokenizer: engines that want one there (OpenVINO's exporter) want all of it."""
+    there = [name for name in TOKENIZER if (folder / name).is_file()]
+    return [f"{name} is missing" for name in TOKENIZER if there and name not in there]
 
 
 class Eagle3Checkpoint:
