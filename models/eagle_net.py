@@ -3,13 +3,15 @@
 Shape legend: B sequences, T positions, d hidden size.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.feature_drafter import FeatureDrafter, FeatureLayer
-from models.target import Features
+from models.scales import logit_spread, typical_sizes
+from models.target import Features, Target
 
 
 class EagleNet(FeatureDrafter):
@@ -19,6 +21,10 @@ class EagleNet(FeatureDrafter):
     norm of its output either. `noise` a adds U(-a, a) to the features read in training, so that the
     drafter bears its own errors later; the released code also multiplies it by 512/T
     (`noise_by_length`, T the padded length).
+
+    C starts random, but so that embedding and feature count alike and that the first logits have a
+    standard deviation of about 1 (models/scales.py); in the released code the feature, ten times as
+    large, hides the token at first.
     """
 
     def __init__(
@@ -50,6 +56,18 @@ class EagleNet(FeatureDrafter):
         self.noise_by_length = noise_by_length
         self.fc = nn.Linear(2 * hidden_size, hidden_size)
         self.layer = FeatureLayer(hidden_size=hidden_size, shape=target_shape, outputs=outputs)
+
+    def init_from(self, target: Target, calibration: Sequence[Tensor] = ()) -> None:
+        super().init_from(target, calibration)
+        if not calibration:
+            return
+        sizes, d = typical_sizes(target, calibration), self.hidden_size
+        # Random weights of nn.Linear turn inputs of size 1 into outputs of size 3^-1/2.
+        soft = 3**0.5 / logit_spread(target, self.draft_ids_D)
+        with torch.no_grad():
+            self.fc.weight[:, :d] *= soft / sizes.embedding
+            self.fc.weight[:, d:] *= soft / sizes.final
+            self.fc.bias.mul_(soft)
 
     def read(self, features: Features) -> Tensor:
         given_BTd = features.final_BTd

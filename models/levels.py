@@ -11,9 +11,9 @@ t + k.
     HASS at its row r is level j here at index t = r - j.
 
 The scores of all levels share one softmax. Query rows never form a [levels*T, levels*T] matrix:
-level 0 is plain causal attention, and every later level adds one key to a row. On a CPU the two
-parts are joined by their log-sum-exps; elsewhere flex_attention skips the empty blocks of the same
-pattern.
+level 0 is plain causal attention, and every later level adds one key to a row. The two parts are
+joined by their log-sum-exps wherever PyTorch has a fused causal kernel that gives its own (a CPU, a
+GPU in half precision); elsewhere flex_attention skips the empty blocks of the same pattern.
 
 Shape legend: B sequences, T positions, H query heads, G key and value heads, R = H / G, c head
 size, K levels.
@@ -65,10 +65,10 @@ def attend_levels(
         return scaled_dot_product_attention(
             queries_BHTc, keys[0], values[0], is_causal=True, scale=scale, enable_gqa=True
         )
-    if queries_BHTc.device.type == "cpu":
+    if fused(queries_BHTc):
         return _JoinedLevels.apply(scale, len(keys), queries_BHTc, *keys, *values)  # type: ignore[return-value]
     mask = block_mask(queries_BHTc.shape[2], len(keys), queries_BHTc.device)
-    return _flex()(
+    return _compiled(flex_attention)(
         queries_BHTc,
         torch.cat(keys, dim=2),
         torch.cat(values, dim=2),
@@ -78,6 +78,14 @@ def attend_levels(
     )
 
 
+def fused(queries_BHTc: Tensor) -> bool:
+    """Whether a fused causal kernel takes these queries and gives the log-sum-exps of its rows."""
+    if queries_BHTc.device.type == "cpu":
+        return True
+    half = queries_BHTc.dtype in (torch.float16, torch.bfloat16)
+    return queries_BHTc.is_cuda and half and queries_BHTc.shape[-1] % 8 == 0
+
+
 @lru_cache(maxsize=32)
 def block_mask(rows: int, levels: int, device: torch.device) -> BlockMask:
     """`visible` for the last level's queries; key i stands at row i % T of level i // T."""
@@ -85,15 +93,14 @@ def block_mask(rows: int, levels: int, device: torch.device) -> BlockMask:
     def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible(query, levels - 1, key % rows, key // rows)
 
-    compiled = device.type == "cuda"  # finds the empty blocks without a [T, K*T] mask
-    return create_block_mask(
-        sees, None, None, rows, levels * rows, device=device, _compile=compiled
-    )
+    # Compiled, the empty blocks are found without a [T, K*T] mask.
+    make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+    return make(sees, None, None, rows, levels * rows, device=device)
 
 
-@lru_cache(maxsize=1)
-def _flex() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
+@lru_cache(maxsize=2)
+def _compiled(function: Any) -> Any:
+    return torch.compile(function, dynamic=True)
 
 
 class _JoinedLevels(torch.autograd.Function):
@@ -108,9 +115,7 @@ class _JoinedLevels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale: float, levels: int, queries_BHTc: Tensor, *both: Tensor) -> Tensor:
         keys, values = both[:levels], both[levels:]
-        causal_BHTc, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries_BHTc, keys[0], values[0], 0.0, True, attn_mask=None, scale=scale
-        )
+        causal_BHTc, lse_BHT, extra = _causal(queries_BHTc, keys[0], values[0], scale)
         queries = _grouped(queries_BHTc, keys[0])
         scores = [_scores(queries, key_BGTc, scale) for key_BGTc in keys[1:]]
         lse = _grouped(lse_BHT, keys[0])
@@ -119,7 +124,7 @@ class _JoinedLevels(torch.autograd.Function):
         for score, value_BGTc in zip(scores, values[1:], strict=True):
             out += (score - joined).exp()[..., None] * value_BGTc[:, :, None]
         out_BHTc = out.flatten(1, 2).to(queries_BHTc.dtype)
-        ctx.scale, ctx.levels = scale, levels
+        ctx.scale, ctx.levels, ctx.extra = scale, levels, extra
         ctx.save_for_backward(queries_BHTc, out_BHTc, joined, *both)
         return out_BHTc
 
@@ -128,18 +133,8 @@ class _JoinedLevels(torch.autograd.Function):
         queries_BHTc, out_BHTc, joined, *both = ctx.saved_tensors
         keys, values = both[: ctx.levels], both[ctx.levels :]
         dout_BHTc = outer[0]
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout_BHTc,
-            queries_BHTc,
-            keys[0],
-            values[0],
-            out_BHTc,
-            joined.flatten(1, 2),
-            0.0,
-            True,
-            attn_mask=None,
-            scale=ctx.scale,
-        )
+        parts = (dout_BHTc, queries_BHTc, keys[0], values[0], out_BHTc, joined.flatten(1, 2))
+        dq, dk, dv = _causal_backward(parts, ctx.extra, ctx.scale)
         queries, dout = _grouped(queries_BHTc, keys[0]), _grouped(dout_BHTc, keys[0])
         # Softmax: ds = weight (dweight - delta), with delta the same for all keys of a row.
         delta = _scores(dout, _grouped(out_BHTc, keys[0]), 1.0)
@@ -152,6 +147,40 @@ class _JoinedLevels(torch.autograd.Function):
             dkeys.append((dscore[..., None] * queries).sum(2).to(key_BGTc.dtype))
             dvalues.append((weight[..., None] * dout).sum(2).to(value_BGTc.dtype))
         return None, None, dqueries.flatten(1, 2).to(queries_BHTc.dtype), *dkeys, *dvalues
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
+    """Causal attention, the log-sum-exps of its rows, and what its backward pass asks for besides.
+
+    Both kernels let several query heads share a key head.
+    """
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, True, attn_mask=None, scale=scale
+        )
+        return out, lse, None
+    out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = (
+        aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
+    )
+    return out, lse, (cum_q, cum_k, max_q, max_k, seed, offset)
+
+
+def _causal_backward(
+    given: tuple[Tensor, ...], extra: Any, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, for the given output and log-sum-exps of whole rows."""
+    dout, q, k, v, out, lse = given
+    aten = torch.ops.aten
+    if extra is None:
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, lse, 0.0, True, attn_mask=None, scale=scale
+        )
+    cum_q, cum_k, max_q, max_k, seed, offset = extra
+    return aten._scaled_dot_product_flash_attention_backward(
+        dout, q, k, v, out, lse.contiguous(), cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset,
+        scale=scale,
+    )  # fmt: skip
 
 
 def _grouped(x: Tensor, keys_BGTc: Tensor) -> Tensor:

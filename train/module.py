@@ -54,7 +54,9 @@ class DraftModule(LightningModule):
         self.mask_lag = mask_lag
         _check_mask_lag(mask_lag, teacher)
         self.chunk_rows = chunk_rows or rows_per_chunk(
-            drafter.draft_vocab_size or drafter.vocab_size, drafter.num_depths
+            drafter.draft_vocab_size or drafter.vocab_size,
+            drafter.num_depths,
+            teacher.target.device.type,
         )
         self.seed = seed
         self.onpolicy = onpolicy

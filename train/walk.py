@@ -26,16 +26,20 @@ from train.gradients import Gradients
 from train.lesson import Lesson, TargetProjection, rows_of
 from train.losses import RowLoss, Rows, TargetRows
 
-LIVE_LOGITS = 2**27
-"""Logits of one chunk, all depths and the target's: 268 MB in bf16."""
+LIVE_LOGITS = {"cpu": 2**27, "cuda": 2**29}
+"""Logits of one chunk, all depths and the target's: 268 MB in bf16, 1 GB on an accelerator."""
 
-BLOCK_LOGITS = {"cpu": 2**19, "cuda": 2**22}
+MOST_ROWS = {"cpu": 1024, "cuda": 8192}
+"""Rows of a chunk beyond which matrix products get no faster."""
+
+BLOCK_LOGITS = {"cpu": 2**19, "cuda": 2**24}
 """fp32 logits of one block, about; the loss makes some ten tensors of this size."""
 
 
-def rows_per_chunk(vocab_size: int, depths: int = 1) -> int:
+def rows_per_chunk(vocab_size: int, depths: int = 1, device: str = "cpu") -> int:
     """Rows that keep a chunk's memory bounded and its matrix products large."""
-    return max(64, min(1024, LIVE_LOGITS // (vocab_size * (depths + 1))))
+    kind = device if device in LIVE_LOGITS else "cuda"
+    return max(64, min(MOST_ROWS[kind], LIVE_LOGITS[kind] // (vocab_size * (depths + 1))))
 
 
 @dataclass(frozen=True)
@@ -251,7 +255,7 @@ class Walk:
         needs = self.loss.needs_target
         logits = self.lesson.taught(self.projection, start, stop) if needs else None
         D = pieces[0].logits_nD.shape[-1]
-        size = max(1, BLOCK_LOGITS.get(self.lesson.index_U.device.type, 2**22) // D)
+        size = max(1, BLOCK_LOGITS.get(self.lesson.index_U.device.type, 2**24) // D)
         edges = [*range(start, stop, size), stop]
         ends = [self.find(piece.taught, edges) for piece in pieces]
         for b in range(len(edges) - 1):

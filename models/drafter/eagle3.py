@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from models.feature_drafter import FeatureDrafter, FeatureLayer
+from models.scales import logit_spread, typical_sizes
 from models.target import Features, Target
 
 
@@ -29,8 +30,10 @@ class Eagle3(FeatureDrafter):
     `norm_before_residual` makes RMSNorm_h(g) the residual (some published drafters have it).
 
     Deviations from the released code: the mask is aligned (models/drafter/base.py; `mask_lag` is
-    theirs), losses are divided by the tokens to learn, the head starts from the target's rows and
-    the final norm from the target's, where theirs are random and ones.
+    theirs), losses are divided by the tokens to learn. The head starts from the target's rows and
+    the final norm from the target's, made smaller so that the first logits have a standard
+    deviation of about 1; C starts so that the three layers count alike, whatever their size
+    (models/scales.py). Theirs start random, and with ones.
     """
 
     predicts_features = False
@@ -93,7 +96,13 @@ class Eagle3(FeatureDrafter):
             with torch.no_grad():
                 scale_d = norm(ones_1d)[0]
                 if bool(scale_d.any()):
-                    self.norm.weight.copy_(scale_d)
+                    spread = logit_spread(target, self.draft_ids_D, scale_d)
+                    self.norm.weight.copy_(scale_d / spread)
+        if calibration:
+            sizes = typical_sizes(target, calibration, self.feature_layers)
+            parts = self.fc.weight.detach().split(self.hidden_size, dim=1)
+            for layer, part_dd in zip(self.feature_layers, parts, strict=True):
+                part_dd /= sizes.layers[layer]
 
     def read(self, features: Features) -> Tensor:
         return self.fc(torch.cat([features.layers[k] for k in self.feature_layers], dim=-1))

@@ -23,7 +23,8 @@ def _random(K: int, T: int = 11, dtype: torch.dtype = torch.float64) -> tuple[Te
 def _dense(queries: Tensor, keys: list[Tensor], values: list[Tensor], scale: float) -> Tensor:
     """The definition: every score of every level, hidden ones at -inf, one softmax."""
     K, T = len(keys), queries.shape[2]
-    row, key = torch.arange(T)[:, None], torch.arange(K * T)[None]
+    device = queries.device
+    row, key = torch.arange(T, device=device)[:, None], torch.arange(K * T, device=device)[None]
     seen = visible(row, K - 1, key % T, key // T)
     repeat = queries.shape[1] // keys[0].shape[1]
     k = torch.cat(keys, dim=2).repeat_interleave(repeat, dim=1)
@@ -92,3 +93,28 @@ def test_nothing_of_size_levels_times_positions_squared_is_kept() -> None:
             levels.update(keys, values, 0)
             levels.attend(queries, 0.3)
     assert max(t.numel() for t in kept) == 2 * 6 * T * 8  # [B, H, T, c]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # the first use of a kernel may advise something
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.bfloat16, 0.03), (torch.float32, 2e-3)], ids=["joined", "flex"]
+)
+@pytest.mark.parametrize("K", [1, 2, 5])
+def test_an_accelerator_gives_the_dense_softmax(K: int, dtype: torch.dtype, error: float) -> None:
+    """Joined in half precision, flex_attention in fp32: values and gradients of the definition."""
+    torch.manual_seed(0)
+    given = [
+        torch.randn(2, 9 if i == 0 else 3, 150, 64, device="cuda", requires_grad=True)
+        for i in range(1 + 2 * K)
+    ]
+    expected = _dense(given[0], given[1 : 1 + K], given[1 + K :], 0.125)
+    outer = torch.randn_like(expected)
+    theirs = torch.autograd.grad(expected, given, outer)
+    small = [t.detach().to(dtype).requires_grad_() for t in given]
+    found = attend_levels(small[0], small[1 : 1 + K], small[1 + K :], 0.125)
+    ours = torch.autograd.grad(found, small, outer.to(dtype))
+    for a, b in zip([found, *ours], [expected, *theirs], strict=True):
+        difference = (a.float() - b).norm() / b.norm()
+        assert float(difference) < error, difference

@@ -129,8 +129,10 @@ def test_the_start_is_the_targets_head_and_norm(target: Target) -> None:
     with torch.no_grad():
         norm.weight.uniform_(0.5, 2.0)
         drafter.bind(target).init_from(target)
-        torch.testing.assert_close(drafter.norm.weight, norm.weight, rtol=1e-4, atol=1e-4)
+        rows_Dd = target.head_weight_Vd[ids_D] * norm.weight
+        expected = norm.weight / rows_Dd.square().sum(-1).mean().sqrt()
+        torch.testing.assert_close(drafter.norm.weight, expected, rtol=1e-4, atol=1e-4)
         norm.weight.copy_(before)
     states = torch.randn(3, target.hidden_size)
-    expected = F.linear(states, target.head_weight_Vd[ids_D])
-    torch.testing.assert_close(drafter.head(0)(states), expected)
+    logits = F.linear(states, target.head_weight_Vd[ids_D])
+    torch.testing.assert_close(drafter.head(0)(states), logits)
