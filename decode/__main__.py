@@ -26,7 +26,7 @@ from models.drafter.base import Drafter, Policy
 from models.run import Run, open_run
 from models.target import Target
 
-SUPPLIED = RUNTIME_NAMES | {"accuracy_KR", "dataset_folder"}
+SUPPLIED = RUNTIME_NAMES | {"acceptance", "accuracy_KR", "dataset_folder", "run_dir"}
 """Arguments that this command fills in, so that a config need not."""
 
 
@@ -38,7 +38,7 @@ def decode(cfg: DictConfig) -> int:
     run = open_run(cfg.run)
     target = run.load_target(cfg.dtype)
     drafter = run.load_drafter(target)
-    stop: Stop | None = build(cfg.stop)
+    stop: Stop | None = build(cfg.stop, acceptance=drafter.acceptance, run_dir=run.path)
     policy: Any = build(
         cfg.tree,
         accuracy_KR=_rank_accuracy(run),

@@ -183,6 +183,8 @@ class Decoder:
             cache.shorten(past + len(path))
         else:
             cache.keep(past, self._tensor([past + node for node in path]))
+        if self.policy is not None:
+            self.policy.verified(tested, min(len(path) - 1, len(new)))
         verified = self._now()
 
         # Features of the root and the accepted drafts; the token after each stands one ahead.

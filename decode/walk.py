@@ -83,7 +83,10 @@ def walk(
         _check_tree(tree)
         accepted, more = _follow(tree, y[i:])
         ended = i + accepted == n  # the last token, accepted, is the one that ends the answer
+        tested = accepted + int(more and not ended)
         begin = _now(device)
+        if policy is not None:
+            policy.verified(tested, accepted)
         if not ended:
             here = start + i - 1  # the root's position
             state = drafter.extend(
@@ -96,7 +99,7 @@ def walk(
                 nodes=len(tree),
                 depth=int(tree.depths_N[-1]),
                 accepted=accepted,
-                tested=accepted + int(more and not ended),
+                tested=tested,
                 produced=accepted + int(not ended),
                 draft_s=drafted_s + _now(device) - begin,
                 target_s=0.0,

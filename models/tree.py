@@ -1,7 +1,7 @@
 """Draft trees, and how they are grown.
 
-Shape legend: N tree or frontier nodes, M children, S stepped nodes, V target vocabulary, D draft
-vocabulary.
+Shape legend: N tree or frontier nodes, M children, S stepped nodes, d width of drafter states,
+V target vocabulary, D draft vocabulary.
 """
 
 from dataclasses import dataclass
@@ -83,9 +83,19 @@ class Policy(Protocol):
         """Choose children of the frontier's nodes, or None to stop drafting here."""
         ...
 
+    def look(self, states_Nd: Tensor) -> None:
+        """The drafter's states that the next logits come from. Called before every `grow`; nothing
+        is done unless a policy reads them."""
+        return
+
     def finish(self, tree: Tree) -> Tree:
         """What is verified of the tree that was grown. All of it, unless a policy chooses."""
         return tree
+
+    def verified(self, tested: int, accepted: int) -> None:
+        """What became of the tree: depth k had a draft put to the test when k < tested, and one
+        that passed when k < accepted. Nothing is done unless a policy learns from it."""
+        return
 
 
 @dataclass(frozen=True)

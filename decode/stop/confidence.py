@@ -1,19 +1,12 @@
-"""End a draft behind the first token the drafter is not sure of (Kangaroo, arXiv 2404.18911).
+"""End a draft behind the first token the drafter is not sure of (Kangaroo, arXiv 2404.18911)."""
 
-Shape legend: N frontier nodes, D draft vocabulary.
-"""
-
-from torch import Tensor
-
-from decode.stop.base import Stop
+from decode.stop.base import Seen, Stop
 
 
 class Confidence(Stop):
     """Stop when max_v q(v) < `threshold`, after drafting a token there.
 
-    q = softmax(logits) over the draft vocabulary at temperature 1, whatever the drafts are drawn
-    at, so that a threshold means the same at every temperature. In the paper 0.6, with at most six
-    drafts.
+    In the paper 0.6, with at most six drafts.
     """
 
     def __init__(self, *, threshold: float) -> None:
@@ -29,6 +22,6 @@ class Confidence(Stop):
         """The rule in a word, for folders and tables."""
         return f"confidence{self.threshold:g}"
 
-    def ends(self, depth: int, logits_ND: Tensor) -> Tensor:
+    def ends(self, seen: Seen) -> bool:
         """Rows whose most likely token has less than the threshold."""
-        return logits_ND.float().softmax(-1).amax(-1) < self.threshold
+        return seen.best < self.threshold

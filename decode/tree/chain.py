@@ -1,13 +1,14 @@
 """A chain: one draft at each depth.
 
-Shape legend: N frontier nodes (always 1), D draft vocabulary, V target vocabulary, M children.
+Shape legend: N frontier nodes (always 1), d width of the drafter's states, D draft vocabulary,
+V target vocabulary, M children.
 """
 
 import torch
 from torch import Tensor
 
 from decode.chance import SeededChance
-from decode.stop.base import Stop
+from decode.stop.base import SeenLive, Stop
 from models.drafter.base import Children, Drafter, Frontier, Policy
 from models.sampling import probabilities
 
@@ -18,7 +19,7 @@ class Chain(Policy):
     At temperature 0 each is the drafter's argmax. Otherwise each is drawn from q at the serving
     temperature and nucleus, and q is kept for the verifier's min(1, p/q). `temperature: 0` set in
     the tree's own configuration drafts greedily under a sampling target, which is exact as well.
-    With `stop` a draft may end earlier, behind a token that the rule was not sure of.
+    With `stop` a draft may end earlier, behind a token (decode/stop/base.py).
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Chain(Policy):
         self._one = torch.ones(1)
         self._expand = torch.ones(1, dtype=torch.bool)
         self._parent = torch.zeros(1, dtype=torch.long)
+        self._states_Nd = torch.empty(1, 0)
 
     @property
     def name(self) -> str:
@@ -75,9 +77,25 @@ class Chain(Policy):
             q_MV = drafter.full_distribution(q_ND)
         # The last draft is not extended: that spares the drafter one step.
         expand = self._expand if depth + 1 < self.gamma else ~self._expand
-        if self.stop is not None:
-            expand = expand & ~self.stop.ends(depth, logits_ND)
+        if self.stop is not None and self.stop.ends(
+            SeenLive(
+                depth,
+                logits_ND=logits_ND,
+                drafted_N=drafted,
+                states_Nd=self._states_Nd,
+                drafter=drafter,
+                judge=self.stop.judge,
+            )
+        ):
+            expand = ~self._expand
         return Children(drafter.to_target_ids(drafted), self._parent, draw, expand, q_MV)
+
+    def look(self, states_Nd: Tensor) -> None:
+        self._states_Nd = states_Nd
+
+    def verified(self, tested: int, accepted: int) -> None:
+        if self.stop is not None:
+            self.stop.verified(tested, accepted)
 
     def _check(self, drafter: Drafter) -> None:
         limit = drafter.max_depth

@@ -38,6 +38,7 @@ from models.target import Features, Target
 from models.tree import Children, Frontier, Policy, Tree
 
 if TYPE_CHECKING:
+    from models.acceptance import AcceptanceHead
     from models.cache import GrowingCache
     from models.split import SharedLayers
 
@@ -118,6 +119,7 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
         self.vocab_size = vocab_size
         self.draft_vocab_size = draft_vocab_size
         self._bound: list[Target] = []
+        self._acceptance: list[AcceptanceHead] = []
         ids = None if draft_vocab_size is None else torch.arange(draft_vocab_size)
         self.register_buffer("draft_ids_D", ids)
 
@@ -224,6 +226,16 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
         assert self._bound, "bind(target) comes before this"
         return self._bound[0]
 
+    @property
+    def acceptance(self) -> "AcceptanceHead | None":
+        """The acceptance head that was trained for this drafter, if one was. It is saved and loaded
+        with it, but is no sub-module: the drafter's own weights and dtype stay as they are."""
+        return self._acceptance[0] if self._acceptance else None
+
+    @acceptance.setter
+    def acceptance(self, head: "AcceptanceHead | None") -> None:
+        self._acceptance = [] if head is None else [head]
+
     def set_vocab(self, draft_ids_D: Tensor) -> None:
         """Choose the target ids that may be drafted (sorted; must match `draft_vocab_size`)."""
         assert self.draft_ids_D is not None and draft_ids_D.shape == self.draft_ids_D.shape
@@ -236,6 +248,8 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
         config |= self._hub_mixin_config or {}  # type: ignore[operator]
         (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_model(self, str(save_directory / "model.safetensors"))
+        if self.acceptance is not None:
+            self.acceptance.save(save_directory)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> "Drafter":
@@ -289,6 +303,7 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
         while limit is None or depth < limit:
             state, states_Nd = self.step(state, depth, frontier)
             stepped.append(nodes_N)
+            policy.look(states_Nd)
             children = policy.grow(depth, frontier, self.head(depth)(states_Nd), self)
             if children is None:
                 break

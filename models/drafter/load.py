@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from models.acceptance import KEY, AcceptanceHead
 from models.drafter.base import Drafter
 from models.target import Target
 
@@ -16,11 +17,15 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     """
     family, _ = drafter_class(folder)
     drafter = family.from_pretrained(str(folder))
+    described = json.loads((Path(folder) / "config.json").read_text()).get(KEY)
+    if described is not None:
+        drafter.acceptance = AcceptanceHead.load(Path(folder), described)
     return drafter.to(target.device).bind(target).eval()
 
 
 def drafter_class(folder: str | Path) -> tuple[type[Drafter], dict[str, Any]]:
-    """The class that config.json names under `_target_`, and the arguments beside it.
+    """The class that config.json names under `_target_`, and the arguments beside it (without the
+    description of an acceptance head).
 
     Only `models.drafter` is accepted, because the folder may be a download.
     """
@@ -32,6 +37,7 @@ def drafter_class(folder: str | Path) -> tuple[type[Drafter], dict[str, Any]]:
             "Give the `drafter` folder of a finished run."
         )
     arguments = json.loads(config_file.read_text())
+    arguments.pop(KEY, None)
     named = str(arguments.pop("_target_", ""))
     module, _, name = named.rpartition(".")
     if not module.startswith("models.drafter."):

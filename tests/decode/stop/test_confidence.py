@@ -17,6 +17,7 @@ from decode.verifier.sampling import Sampling
 from models.drafter.base import Tree
 from models.target import Target
 from tests.decode.enumerated import TableDrafter, texts_of
+from tests.decode.stop.told import Told
 from tests.decode.toy import Scripted, echo, law_error, outcomes, tables
 
 V, GAMMA = 3, 3
@@ -41,9 +42,8 @@ def produced(tree: Tree, p: dict[tuple, Tensor], chance: Scripted) -> tuple:
 
 
 def test_rows_below_the_threshold_end() -> None:
-    logits_ND = torch.tensor([[0.59, 0.41], [0.61, 0.39], [0.2, 0.8]]).log()
     rule = Confidence(threshold=0.6)
-    assert rule.ends(0, logits_ND).tolist() == [True, False, False]
+    assert [rule.ends(Told(best=best)) for best in (0.59, 0.61, 0.8)] == [True, False, False]
     assert rule.name == "confidence0.6"
 
 
