@@ -31,6 +31,7 @@ class TrainConfig:
     teacher: Any = MISSING
     onpolicy: Any = None
     weighting: Any = None
+    acceptance: Any = None
     data: Any = MISSING
     optimizer: Any = MISSING
     scheduler: Any = MISSING

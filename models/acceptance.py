@@ -105,32 +105,33 @@ class AcceptanceHead(nn.Module):
         return self.raw(states_Nd, embedded_Ne, numbers_N3) + math.log(self.rejection_weight)
 
     @torch.no_grad()
-    def chance(
-        self,
-        depth: int,
-        states_Nd: Tensor,
-        *,
-        logq_ND: Tensor,
-        drafted_N: Tensor,
-        drafter: "Drafter",
-    ) -> float:
-        """While drafting, behind the token at `depth` (0-based, one row).
+    def judged(
+        self, states_Nd: Tensor, *, logq_ND: Tensor, drafted_N: Tensor, drafter: "Drafter"
+    ) -> Tensor:
+        """While drafting, the logits of the newest token that can be judged, `[N]`, before T_k.
 
-        With reads=candidate the states have just read the token *before*, and it is that one which
-        is judged; the root needs no judging: 1.
+        That is the drafted one, or with reads=candidate the one before: the states have just read
+        it.
         """
-        device = states_Nd.device
-        if self.out.weight.device != device:
-            self.to(device)
+        if self.out.weight.device != states_Nd.device:
+            self.to(states_Nd.device)
         if self.reads == "candidate":
-            return 1.0 if depth == 0 else self._scaled(self.logits(states_Nd), depth - 1)
+            return self.logits(states_Nd)
         embedded_Ne = drafter.embed(drafter.to_target_ids(drafted_N))
-        logits_N = self.logits(states_Nd, embedded_Ne, numbers_of(logq_ND, drafted_N))
-        return self._scaled(logits_N, depth)
+        return self.logits(states_Nd, embedded_Ne, numbers_of(logq_ND, drafted_N))
 
-    def _scaled(self, logits_N: Tensor, depth: int) -> float:
-        scale = self.scale[min(depth, len(self.scale) - 1)]
-        return float(torch.sigmoid(logits_N[0] / scale))
+    @property
+    def lag(self) -> int:
+        """By how many depths the judged token is behind the drafted one."""
+        return int(self.reads == "candidate")
+
+    def chance(self, row: int, logit: float) -> float:
+        """The calibrated chance behind the token at depth `row` (0-based). The root needs no
+        judging: 1."""
+        depth = row - self.lag
+        if depth < 0:
+            return 1.0
+        return 1.0 / (1.0 + math.exp(-logit / self.scale[min(depth, len(self.scale) - 1)]))
 
     # --- beside a drafter ------------------------------------------------------------------------
 

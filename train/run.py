@@ -5,6 +5,7 @@
 <run>/metrics.csv             every logged step
 <run>/checkpoints/            last.ckpt, previous.ckpt, best/ (a drafter folder)
 <run>/drafter/                the best drafter: config.json, model.safetensors
+<run>/reliability.png         of an acceptance head, with reliability.json
 <run>/rank_accuracy.json      how often each rank is right at each depth (for static trees)
 <run>/decode/heldout-*/       tokens per step on held-out prompts
 """
@@ -34,6 +35,7 @@ from models.drafter.base import Drafter
 from models.drafter.load import load_drafter
 from models.target import Target
 from models.vocab import choose_vocab, count_tokens
+from train.acceptance import Acceptance, AcceptanceModule, Chosen, borrow, settle
 from train.callbacks import BEST, Checkpoints
 from train.data import TrainData
 from train.losses import RowLoss
@@ -69,6 +71,7 @@ def train(cfg: DictConfig, run_dir: Path) -> Path:
         say(f"Resuming {run_dir} after step {point.step}.")
     else:
         point = ResumePoint(None)
+    cfg = borrow(cfg)
     check(cfg, runtime=SUPPLIED)
     if cfg.onpolicy is not None:
         check_family(cfg.drafter)
@@ -126,18 +129,21 @@ def _assemble(
     start: Path | None,
 ) -> _Job:
     """Everything a run is made of."""
-    own, val = folder.reader("train"), folder.reader("val")
-    train = own if mix is None else mix.reader(own)
-    # The drafter's random weights depend on the seed alone, not on what was computed before.
+    own: Any = folder.reader("train")
+    val: Any = folder.reader("val")
+    # Random weights depend on the seed alone, not on what was computed before.
     torch.manual_seed(cfg.seed)
-    drafter = make_drafter(cfg.drafter, target)
-    if start is None:
-        answers = own if cfg.vocab_from is None else DatasetFolder(cfg.vocab_from).reader("train")
-        coverage = choose_draft_vocab(drafter, answers, target)
-        drafter.bind(target).init_from(target, calibration_texts(own))
-    else:
-        start_from(drafter, start, target)
+    plan: Acceptance | None = build(cfg.get("acceptance"))
+    if plan is not None:
+        assert start is not None, "borrow comes before"
+        own, val = Chosen(own, plan.temperature), Chosen(val, plan.temperature)
+    train = own if mix is None else mix.reader(own)
+    if plan is not None:
+        assert start is not None
+        drafter = load_drafter(start, target)
         coverage = coverage_of(drafter, own, target)
+    else:
+        drafter, coverage = _new_drafter(cfg, own, start, target)
     drafter.to(target.device)
     teacher: Teacher = build(cfg.teacher, target=target)
     teacher.choose_source(train, drafter.feature_layers if drafter.reads_features else None)
@@ -158,7 +164,8 @@ def _assemble(
         reads_history=drafter.reads_history,
     )
     loss: RowLoss = build(cfg.loss)
-    module = DraftModule(
+    family = DraftModule if plan is None else AcceptanceModule
+    module = family(
         drafter=drafter,
         teacher=teacher,
         loss=loss,
@@ -172,6 +179,9 @@ def _assemble(
             cfg.scheduler, optimizer=optimizer, total_steps=data.total_steps
         ),
     )
+    if isinstance(module, AcceptanceModule):
+        assert plan is not None
+        module.attach(plan.head(drafter).to(target.device), plan)
     callbacks = list((build(cfg.callbacks, run_dir=run_dir) or {}).values())
     loggers = build(cfg.logger, run_dir=run_dir, save_dir=str(run_dir), resume_step=point.step)
     trainer: pl.Trainer = build(
@@ -190,6 +200,20 @@ def _assemble(
     }
     keepers = [c for c in callbacks if isinstance(c, Checkpoints)]
     return _Job(module, data, trainer, keepers[0] if keepers else None, about)
+
+
+def _new_drafter(
+    cfg: DictConfig, own: ShardReader, start: Path | None, target: Target
+) -> tuple[Drafter, float]:
+    """The drafter to train, begun as the recipe or `start` says, and its vocabulary's coverage."""
+    drafter = make_drafter(cfg.drafter, target)
+    if start is not None:
+        start_from(drafter, start, target)
+        return drafter, coverage_of(drafter, own, target)
+    answers = own if cfg.vocab_from is None else DatasetFolder(cfg.vocab_from).reader("train")
+    coverage = choose_draft_vocab(drafter, answers, target)
+    drafter.bind(target).init_from(target, calibration_texts(own))
+    return drafter, coverage
 
 
 def make_drafter(node: Any, target: Target) -> Drafter:
@@ -285,9 +309,14 @@ def _finish(job: _Job, run_dir: Path) -> dict[str, Any]:
     if keeper is not None and keeper.best_step not in (None, last):
         best = load_drafter(keeper.folder / BEST, job.module.teacher.target)
         job.module.drafter.start_from(best)
+        if best.acceptance is not None:
+            assert job.module.drafter.acceptance is not None
+            job.module.drafter.acceptance.load_state_dict(best.acceptance.state_dict())
         keeper.decided = True
         say(f"The drafter of step {keeper.best_step} had the best {keeper.monitor}: it is kept.")
         job.trainer.validate(job.module, datamodule=job.data, verbose=False)
+    if isinstance(job.module, AcceptanceModule):
+        settle(job.module, job.data.val_reader, run_dir)
     if job.trainer.is_global_zero:
         fresh = run_dir / "drafter.tmp"
         shutil.rmtree(fresh, ignore_errors=True)

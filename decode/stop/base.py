@@ -117,10 +117,18 @@ class SeenLive:
     @property
     def acceptance(self) -> float:
         assert self._judge is not None, "a rule that asks for this names its judge"
-        return self._judge.chance(
-            self.depth,
+        if self.depth < self._judge.lag:
+            return 1.0  # there is nothing to judge yet
+        return self._judge.chance(self.depth, self.judged)
+
+    @property
+    def judged(self) -> float:
+        """The judge's logit behind this row, before its T_k."""
+        assert self._judge is not None
+        logits_N = self._judge.judged(
             self._states_Nd,
             logq_ND=self.logq_D[None],
             drafted_N=self._drafted_N,
             drafter=self._drafter,
         )
+        return float(logits_N[0])

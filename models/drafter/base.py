@@ -232,8 +232,8 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
         with it, but is no sub-module: the drafter's own weights and dtype stay as they are."""
         return self._acceptance[0] if self._acceptance else None
 
-    @acceptance.setter
-    def acceptance(self, head: "AcceptanceHead | None") -> None:
+    def set_acceptance(self, head: "AcceptanceHead | None") -> None:
+        """Give it a head. (A method: assigning a module would make it a sub-module.)"""
         self._acceptance = [] if head is None else [head]
 
     def set_vocab(self, draft_ids_D: Tensor) -> None:

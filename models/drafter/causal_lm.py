@@ -270,7 +270,7 @@ class CausalLm(Drafter):
         state |= {f"inner.{k}": v for k, v in merged_state(self.inner).items()}
         plain.load_state_dict(state)
         plain.to(next(self.parameters()).device, self.dtype)
-        plain.acceptance = self.acceptance
+        plain.set_acceptance(self.acceptance)
         if self._bound:
             plain.bind(self.target)
         return plain.train(self.training)

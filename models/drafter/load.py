@@ -19,7 +19,7 @@ def load_drafter(folder: str | Path, target: Target) -> Drafter:
     drafter = family.from_pretrained(str(folder))
     described = json.loads((Path(folder) / "config.json").read_text()).get(KEY)
     if described is not None:
-        drafter.acceptance = AcceptanceHead.load(Path(folder), described)
+        drafter.set_acceptance(AcceptanceHead.load(Path(folder), described))
     return drafter.to(target.device).bind(target).eval()
 
 

@@ -32,6 +32,9 @@ def arguments(recipe: Recipe, tmp_path: Path, experiment: str) -> list[str]:
     if cfg.weighting is not None and OmegaConf.is_missing(cfg.weighting, "reference"):
         reference = recipe.run(tmp_path / "reference", "+experiment=small_lm")
         given += [f"start={reference}", f"weighting.reference={reference / 'drafter'}"]
+    if cfg.acceptance is not None:
+        reference = recipe.run(tmp_path / "reference", "+experiment=small_lm")
+        given += [f"start={reference}", "acceptance.temperature=0", "acceptance.stride=4"]
     return given
 
 

@@ -43,9 +43,9 @@ class TableJudge(AcceptanceHead):
     def __init__(self) -> None:
         super().__init__(state_size=V, embedding_size=V, reads="drawn", num_blocks=0)
 
-    def chance(self, depth: int, states_Nd: Tensor, **given: Any) -> float:
+    def judged(self, states_Nd: Tensor, **given: Any) -> Tensor:
         row_D, token = given["logq_ND"][0].exp(), int(given["drafted_N"][0])
-        return float((0.35 + 0.4 * token * row_D[0] + 0.3 * row_D[token]).clamp(max=1.0))
+        return (0.35 + 0.4 * token * row_D[0] + 0.3 * row_D[token]).clamp(max=0.99).logit()[None]
 
 
 @pytest.fixture
