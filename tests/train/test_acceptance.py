@@ -19,7 +19,8 @@ from train.acceptance import Acceptance, Judged, draw_candidates
 
 
 def plan(**given: Any) -> Acceptance:
-    return Acceptance(**{"temperature": 1.0} | given)
+    settings: Any = {"temperature": 1.0} | given
+    return Acceptance(**settings)
 
 
 @pytest.fixture(scope="module")
