@@ -65,6 +65,8 @@ class DecodeConfig:
     verifier: Any = MISSING
     baselines: Any = None
     replay: Any = None
+    tune: bool = False
+    tuning: Any = MISSING
     temperature: float = 0.0
     top_p: float = 1.0
     max_new_tokens: int = 128

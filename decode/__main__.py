@@ -21,6 +21,8 @@ from decode.replay_command import check_replay, run_chains, run_trees
 from decode.replay_trees import TreePlan
 from decode.report import caption, table, write
 from decode.stop.base import Stop
+from decode.tune import TunePlan
+from decode.tune_command import check_tune, run_tune
 from decode.verifier.base import Verifier
 from models.drafter.base import Drafter, Policy
 from models.run import Run, open_run
@@ -53,8 +55,11 @@ def decode(cfg: DictConfig) -> int:
     for method in baselines.values():
         method.bind(target)
     plan: ReplayPlan | TreePlan | None = build(cfg.replay)
+    tuning: TunePlan = build(cfg.tuning)
     if plan is not None:
         check_replay(cfg, plan, policy, verifier, drafter)
+    if cfg.tune:
+        check_tune(cfg, policy, drafter)
     bench: Bench = build(cfg.bench, tokenizer=target.tokenizer, dataset_folder=_dataset_folder(run))
     prompts = bench.prompts(limit=cfg.limit, max_prompt_tokens=cfg.max_prompt_tokens)
     facts: dict[str, Any] = {
@@ -62,6 +67,9 @@ def decode(cfg: DictConfig) -> int:
         "run": str(run.path),
         "config": OmegaConf.to_container(cfg, resolve=True),
     }
+    if cfg.tune:
+        run_tune(cfg, tuning, target, drafter, bench.name, prompts, run.path, facts)
+        return 0
     if plan is not None:
         given = (target, drafter, bench.name, prompts, run.path, facts)
         if isinstance(plan, TreePlan):

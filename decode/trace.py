@@ -188,12 +188,13 @@ def trace(
     max_new_tokens: int,
     stride: int = 1,
     seed: int = 0,
-    on_answer: Callable[[int], None] | None = None,
+    on_answer: Callable[[int, float], None] | None = None,
 ) -> Trace:
     """Drafts of `gamma` tokens at every `stride`-th position of every answer.
 
     A round begins at i only while fewer than `max_new_tokens` tokens are known and none ends the
-    answer. Recorded answers that were cut off end without a token to stop at: the tokens behind
+    answer. `on_answer(done, tokens a whole draft gives so far)` reports progress. Recorded answers
+    that were cut off end without a token to stop at: the tokens behind
     `max_new_tokens` are read as what comes, and where they run out nothing is tested.
     """
     judge = drafter.acceptance
@@ -205,7 +206,8 @@ def trace(
             _walk(target, drafter, answer, made, max_new_tokens, stride, chance, clock)
         )
         if on_answer is not None:
-            on_answer(done + 1)
+            full = np.concatenate([w.accepted_I for w in made.walked])
+            on_answer(done + 1, 1.0 + float(full.mean()) if len(full) else 1.0)
     made.signal_ms = {name: 1000.0 * float(np.median(s)) for name, s in clock.items()}
     return made
 

@@ -42,7 +42,7 @@ from models.run import open_run
 from models.sampling import draw
 from models.target import Features, Target
 from train.chunked import chunked_loss
-from train.data import Batch
+from train.data import Batch, TrainData
 from train.lesson import Lesson, make_lesson, rows_of
 from train.module import DraftModule, parameter_groups
 from train.record import write_json
@@ -181,6 +181,9 @@ class AcceptanceModule(DraftModule):
         if plan.frozen:
             self.drafter.requires_grad_(False)
         self._sums = [0.0, 0.0]
+        count = sum(p.numel() for p in head.parameters())
+        kept = "stays as it is" if plan.frozen else "learns as well"
+        say(f"Acceptance head: {count / 1e6:.2f} M parameters; the drafter {kept}.")
 
     def configure_optimizers(self) -> Any:
         optimizer = self._make_optimizer(
@@ -374,11 +377,12 @@ def borrow(cfg: DictConfig) -> DictConfig:
     return borrowed
 
 
-def settle(module: AcceptanceModule, held_out: Any, run_dir: Path) -> None:
-    """Calibrate the trained head on held-out answers, and write what came of it."""
+def settle(module: AcceptanceModule, data: TrainData, run_dir: Path) -> None:
+    """Calibrate the trained head on held-out answers (data.val_limit of them), and write what came
+    of it."""
     drafter, plan = module.drafter, module.plan
     target = module.teacher.target
-    answers = [recorded(held_out[i]) for i in range(len(held_out))]
+    answers = [recorded(data.val_reader[i]) for i in range(len(data.val_windows))]
     kept = drafter.dtype
     drafter.to(target.dtype).eval()  # as it will be served
     made = trace(

@@ -316,7 +316,7 @@ def _finish(job: _Job, run_dir: Path) -> dict[str, Any]:
         say(f"The drafter of step {keeper.best_step} had the best {keeper.monitor}: it is kept.")
         job.trainer.validate(job.module, datamodule=job.data, verbose=False)
     if isinstance(job.module, AcceptanceModule):
-        settle(job.module, job.data.val_reader, run_dir)
+        settle(job.module, job.data, run_dir)
     if job.trainer.is_global_zero:
         fresh = run_dir / "drafter.tmp"
         shutil.rmtree(fresh, ignore_errors=True)

@@ -93,7 +93,8 @@ def fit(inputs: Sequence[Sequence[float]], accepted: Sequence[int], longest: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = LengthNet(longest)
-    inputs_NF, accepted_N1 = torch.tensor(inputs), torch.tensor(accepted)[:, None]
+    inputs_NF = torch.tensor(inputs, dtype=torch.float32)
+    accepted_N1 = torch.tensor(accepted)[:, None]
     depth_G = torch.arange(longest)
     reached_NG, passed_NG = accepted_N1 >= depth_G, (accepted_N1 > depth_G).float()
     optimizer = torch.optim.Adam(net.parameters(), lr=RATE)

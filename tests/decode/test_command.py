@@ -157,6 +157,45 @@ def test_what_cannot_be_stopped_is_refused(run: Path, overrides: list[str], sent
         decode(cfg)
 
 
+def test_a_tuning_predicts_and_confirms(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("DRAFTSMITH_CACHE", str(tmp_path))
+    common = [f"run={run}", "max_new_tokens=10", "limit=3", "tree.gamma=1"]
+    with pytest.raises(ValueError, match="tune=true"):
+        decode(composed(*common, "stop=spec_kv"))
+    plan = ["tuning.gamma=3", "tuning.timed_prompts=1", "tuning.confirm_prompts=2"]
+    assert decode(composed(*common, "tune=true", *plan)) == 0
+    folder = run / "tune" / "heldout-T0"
+    made = json.loads((folder / "results.json").read_text())
+    assert (folder / "plot.png").is_file()
+    assert (made["prompts"], made["gamma"], made["calibration"]) == (3, 3, None)
+    words = [s["words"] for s in made["settings"]]
+    assert [f"tree.gamma={n}" for n in (1, 2, 3)] == words[:3]
+    assert "tree.gamma=3 stop=confidence stop.threshold=0.4" in words
+    assert not any("specdec_pp" in w for w in words)  # this run has no head
+    rates = [b["tokens_per_s"]["value"] for b in made["best"]]
+    assert rates == sorted(rates, reverse=True)
+    for one in made["confirmed"]:
+        said, real = one["predicted"], one["measured"]["value"]
+        assert one["difference"] == pytest.approx(real / said - 1)
+    assert len(made["confirmed"]) == len(made["best"])
+    shown = capsys.readouterr().err
+    assert f"Best here: {made['best'][0]['words']}" in shown
+    assert "of what was predicted" in shown
+    # Predicted tokens per step are the decoder's own, and the learned rule now decodes.
+    assert decode(composed(f"run={run}", "max_new_tokens=10", "limit=3", "tree.gamma=2")) == 0
+    real = json.loads((run / "decode" / "heldout-chain2-T0" / "results.json").read_text())
+    assert made["settings"][1]["tau"]["value"] == pytest.approx(real["tau"]["value"])
+    assert decode(composed(*common[:3], "tree.gamma=3", "stop=spec_kv", "baseline=false")) == 0
+    for wrong, sentence in (("stop=confidence", "tries all of them"), ("top_p=0.9", "top_p=0.9")):
+        with pytest.raises(ValueError, match=sentence):
+            decode(composed(*common, "tune=true", wrong))
+
+
 def test_methods_without_training_stand_in_the_same_table(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,157 @@
+"""A tuning as a table, two sentences and a picture."""
+
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from decode.plot import BLUE, INK, LINE, QUIET, SAND, TEAL, style
+from decode.tune import FIXED, Confirmed, Predicted, Tuned
+
+COLORS = {
+    FIXED: QUIET,
+    "confidence": SAND,
+    "svip": TEAL,
+    "specdec_pp": BLUE,
+    "heuristic": "#9c6ade",
+    "dynamic_threshold": "#c44e52",
+    "spec_kv": "#4b8f29",
+}
+
+
+def tune_table(t: Tuned, *, title: str) -> Table:
+    """The best setting of every rule: predicted, and measured where it was."""
+    notes = [
+        "Tokens per second of rounds, the prompt's forward left out; gains over the best fixed "
+        "length,",
+        "prompts paired. Wasted: drafts that were not kept.",
+    ]
+    out = Table(title=title, title_style="bold", caption="\n".join(notes), caption_style="dim")
+    for name in ("rule", "best setting"):
+        out.add_column(name, no_wrap=True)
+    for name in ("tokens per step", "drafts", "wasted", "predicted tokens/s", "gain"):
+        out.add_column(name, justify="right", no_wrap=True)
+    real = {c.words: c for c in t.confirmed}
+    if real:
+        for name in ("measured tokens/s", "difference", "gain"):
+            out.add_column(name, justify="right", no_wrap=True)
+    for number, p in enumerate(t.best):
+        out.add_row(*_cells(p), *_real(real.get(p.words)), style="bold cyan" if not number else "")
+    return out
+
+
+def _cells(p: Predicted) -> list[str]:
+    return [
+        p.rule,
+        p.words.replace(f"stop={p.rule}", "").replace("  ", " ").strip(),
+        str(p.tau),
+        f"{p.drafts_per_step:.2f}",
+        f"{p.wasted.value:.0%}",
+        str(p.tokens_per_s),
+        f"{p.gain.value - 1:+.1%}",
+    ]
+
+
+def _real(c: Confirmed | None) -> list[str]:
+    if c is None:
+        return []
+    gained = f"{c.gain.value - 1:+.1%} [{c.gain.low - 1:+.1%}, {c.gain.high - 1:+.1%}]"
+    return [str(c.measured), f"{c.difference:+.1%}", gained]
+
+
+def tune_caption(t: Tuned, bench: str) -> str:
+    """What it was predicted for, in a line."""
+    how = "greedy" if t.temperature == 0 else f"T={t.temperature:g}"
+    return (
+        f"{bench}: {t.prompts} prompts, {t.tokens} tokens, {how}, at most {t.gamma} drafts, "
+        f"{t.dtype} on {t.device}"
+    )
+
+
+def sentences(t: Tuned) -> list[str]:
+    """Which is best here, how good the prediction was, and where stopping would pay."""
+    best = t.best[0]
+    said = (
+        f"Best here: {best.words} with {best.tokens_per_s} tokens/s predicted, "
+        f"{best.gain.value - 1:+.1%} [{best.gain.low - 1:+.1%}, {best.gain.high - 1:+.1%}] over "
+        f"the best fixed length; a draft costs {t.cost.ratio:.3f} of a plain token "
+        f"({t.cost.step_ms:.2f} of {t.cost.plain_ms:.1f} ms)."
+    )
+    found = [said]
+    confirmed = next((c for c in t.confirmed if c.words == best.words), None)
+    if confirmed is not None:
+        worst = max(t.confirmed, key=lambda c: abs(c.difference))
+        found.append(
+            f"Measured: {confirmed.measured} tokens/s, {confirmed.difference:+.1%} of what was "
+            f"predicted for these prompts ({confirmed.predicted:.2f}); the widest difference of "
+            f"{len(t.confirmed)} settings is {worst.difference:+.1%} ({worst.rule})."
+        )
+    steps = ", ".join(f"{c:g}: {e.value - 1:+.1%} ({w.split('stop=')[1].split()[0]})"
+                      for c, e, w in t.sweep)  # fmt: skip
+    found.append(
+        "Gain of the best rule over the best fixed length were a draft's only cost c plain tokens, "
+        f"and looking free: {steps}."
+    )
+    if t.calibration is not None:
+        found.append(
+            f"The acceptance head on these prompts: expected calibration error "
+            f"{t.calibration.token_after.error:.2%} of tokens, "
+            f"{t.calibration.survival_after.error:.2%} of whole drafts."
+        )
+    return found
+
+
+def tune_plot(t: Tuned, file: Path, *, caption: str) -> None:
+    """Every setting: tokens per second over drafts a round; beside it what other pairs would gain
+    from stopping."""
+    figure = Figure(figsize=(11.5, 5.2), facecolor="white")
+    FigureCanvasAgg(figure)
+    best = t.best[0]
+    headline = f"{best.tokens_per_s.value:.1f} tokens/s predicted with {best.rule}"
+    figure.text(0.03, 0.945, headline, fontsize=18, weight="bold", color=INK, va="center")
+    figure.text(0.03, 0.885, caption, fontsize=10, color=QUIET, va="center")
+    left, right = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.065, right=0.97, top=0.73, bottom=0.115, wspace=0.2)
+    style(left, "Tokens per second", "each dot a setting; stars are measured")
+    for rule in dict.fromkeys(p.rule for p in t.settings):
+        points = sorted(
+            (p.drafts_per_step, p.tokens_per_s.value) for p in t.settings if p.rule == rule
+        )
+        color = COLORS.get(rule, INK)
+        x, y = zip(*points, strict=True)
+        left.plot(x, y, "o-", color=color, linewidth=1.4, markersize=4, label=rule)
+    drafts = {p.words: p.drafts_per_step for p in t.settings}
+    for c in t.confirmed:
+        left.plot(
+            drafts[c.words], c.measured.value, "*", color=COLORS.get(c.rule, INK), markersize=13
+        )
+    left.axhline(1000.0 / t.cost.plain_ms, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
+    left.annotate("plain decoding", (0.99, 1000.0 / t.cost.plain_ms),
+                  xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8.5,
+                  color=QUIET)  # fmt: skip
+    left.set_xlabel("drafts a round", fontsize=9.5, color=QUIET)
+    left.legend(frameon=False, fontsize=8.5, labelcolor=INK, ncols=2)
+
+    style(right, "What stopping would gain elsewhere", "best rule over best fixed length, 95 %")
+    ratios = [c for c, _, _ in t.sweep]
+    right.plot(ratios, [100 * (e.value - 1) for _, e, _ in t.sweep], "o-", color=BLUE, linewidth=2)
+    right.fill_between(
+        ratios,
+        [100 * (e.low - 1) for _, e, _ in t.sweep],
+        [100 * (e.high - 1) for _, e, _ in t.sweep],
+        color=BLUE,
+        alpha=0.13,
+        linewidth=0,
+    )
+    right.axvline(t.cost.ratio, color=SAND, linewidth=1.5)
+    right.annotate("this pair", (t.cost.ratio, 0.97), xycoords=("data", "axes fraction"),
+                   xytext=(4, 0), textcoords="offset points", fontsize=8.5, color=QUIET,
+                   va="top")  # fmt: skip
+    right.axhline(0.0, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
+    right.set_xscale("log")
+    right.set_xlabel("a draft step, in plain tokens of the target", fontsize=9.5, color=QUIET)
+    right.set_ylabel("%", fontsize=9.5, color=QUIET)
+    for axes in (left, right):
+        axes.grid(axis="y", color=LINE, linewidth=0.8)
+    figure.savefig(file, dpi=160)
