@@ -3,7 +3,8 @@
 The weights are those of the native folder (eagle3.py) with the layer called `layers.0`; config.json
 puts the layer's shape into `transformer_layer_config` and says what target (verifier) it is for and
 how many drafts to make. Its layer ids count layers before the feature, like ours, and are there
-once.
+once. The target's embedding is written too: the library means to read it from the target where the
+file has none, but leaves the matrix uninitialised (0.9.0). vLLM finds it equal and shares its own.
 
 Shape legend: d hidden size, D draft vocabulary, V target vocabulary.
 """
@@ -35,6 +36,7 @@ from models.drafter.eagle3 import Eagle3
 from models.target import Target, resolve_name
 
 VERSION = "0.9.0"
+EMBEDDING = "embed_tokens.weight"
 KINDS = ("eagle3", "peagle", "dflash")
 """`speculators_model_type`s that can be checked here."""
 
@@ -94,7 +96,9 @@ class SpeculatorsFormat(Format):
             },
             "transformer_layer_config": {k: v for k, v in native.items() if k not in outside},
         }
-        write_files(folder, config, native_tensors(drafter, "layers.0"), drafter.dtype)
+        tensors = native_tensors(drafter, "layers.0")
+        tensors[EMBEDDING] = target.embedding_weight_Vd
+        write_files(folder, config, tensors, drafter.dtype)
 
     def read(self, folder: Path, target: Target) -> Reader:
         config = flat(read_config(folder))
@@ -131,6 +135,7 @@ class SpeculatorsFormat(Format):
         if any(k not in inner for k in ("hidden_size", "vocab_size", "num_attention_heads")):
             return found
         expected, optional = expected_tensors(flat(config), "layers.0")
+        expected[EMBEDDING] = optional.pop(EMBEDDING)
         if kind == "peagle":
             width = expected["fc.weight"][1]
             expected["mask_hidden"] = (1, 1, width)

@@ -18,7 +18,7 @@ def prompts(target: Target) -> list[Prompt]:
     return [Prompt(str(i), target.tokenizer(t)["input_ids"], t) for i, t in enumerate(TEXTS)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answers(target: Target, given: Sequence[Prompt], length: int) -> list[Tensor]:
     """Prompt and greedy answer, `[T]`; nothing ends an answer."""
     found = []

@@ -166,6 +166,9 @@ SPECULATORS: list[Any] = [
     ),
     pytest.param(biased("fc.bias", 32), r"'fc.bias' \[32\]", id="fc-bias"),
     pytest.param(
+        lambda c, t: t.pop("embed_tokens.weight"), "'embed_tokens.weight' is mis", id="embedding"
+    ),
+    pytest.param(
         lambda c, t: c.update(speculators_model_type="xpress"), "is 'xpress'", id="unknown"
     ),
     pytest.param(

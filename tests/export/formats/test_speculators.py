@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from export.check import check_export
@@ -36,6 +37,8 @@ def test_layout(target: Target, tmp_path: Path) -> None:
     inner = config["transformer_layer_config"]
     assert (inner["model_type"], inner["vocab_size"]) == ("llama", target.vocab_size)
     assert not {"draft_vocab_size", "norm_output", "eagle_config"} & inner.keys()
-    names = load_file(tmp_path / "model.safetensors").keys()
+    tensors = load_file(tmp_path / "model.safetensors")
+    names = tensors.keys()
+    assert torch.equal(tensors["embed_tokens.weight"], target.embedding_weight_Vd)
     assert "layers.0.hidden_norm.weight" in names
     assert not any(n.startswith("midlayer") for n in names)
