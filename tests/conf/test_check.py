@@ -169,8 +169,8 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def test_root_keys_and_scalars_are_checked_while_composing() -> None:
-    composed("prove=3")
-    for override in ("prove=many", "sed=1", "exporter.dtyp=x"):
+    composed("texts=3")
+    for override in ("texts=many", "sed=1", "exporter.dtyp=x"):
         with pytest.raises(ConfigCompositionException, match="override"):
             composed(override)
     with pytest.raises(ConfigError, match=r"outt: there is no such key; did you mean 'out'\?"):
