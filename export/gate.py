@@ -25,7 +25,7 @@ from decode.session import Decoder
 from decode.tree.chain import Chain
 from decode.verifier.greedy import Greedy
 from decode.walk import walk
-from export.engine.base import Answer, Dtype, Engine
+from export.engine.base import Answer, Dtype, Engine, Outcome
 from export.served import Served, served
 from models.drafter.base import Drafter
 from models.target import Target
@@ -42,11 +42,13 @@ def measure(
     gamma: int,
     max_new_tokens: int,
     dtype: Dtype,
+    plain: Outcome | None = None,
 ) -> Served:
     """Decode the prompts with the engine and with our decoder; `insist` judges the result.
 
     `drafter` and `target` are in the precision `dtype` that the engine is asked to run in;
-    `target_folder` holds that target as transformers reads it.
+    `target_folder` holds that target as transformers reads it. `plain` is what the engine wrote
+    without drafter, where that is known already.
     """
     shared: Any = {
         "target": target_folder,
@@ -56,9 +58,10 @@ def measure(
         "max_new_tokens": max_new_tokens,
         "dtype": dtype,
     }
-    say(f"{engine.title} {engine.version} decodes {len(prompts)} prompts without drafter,")
-    plain = engine.run(draft=None, **shared)
-    say("and with it;")
+    if plain is None:
+        say(f"{engine.title} {engine.version} decodes {len(prompts)} prompts without drafter,")
+        plain = engine.run(draft=None, **shared)
+    say(f"{engine.title} {engine.version} decodes {len(prompts)} prompts with the drafter,")
     drafted = engine.run(draft=folder, **shared)
     say("then our decoder does.")
     decoder = decode(drafter, target, prompts, gamma=gamma, max_new_tokens=max_new_tokens)
