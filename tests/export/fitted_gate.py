@@ -8,8 +8,8 @@ from export.gate import measure
 from export.served import Served
 from tests.export.fitted import (
     NEW_TOKENS,
-    questions,
     fitted_drafter,
+    questions,
     small_target,
     small_target_folder,
 )
