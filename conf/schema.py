@@ -97,6 +97,7 @@ class ExportConfig:
     max_prompt_tokens: int = 1024
     max_new_tokens: int = 64
     dtype: str = "float32"
+    timed: bool = False
 
 
 @dataclass

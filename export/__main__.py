@@ -160,6 +160,7 @@ def _prove(
             gamma=gamma,
             max_new_tokens=cfg.max_new_tokens,
             dtype=cfg.dtype,
+            timed=cfg.timed,
         )
     show(served)
     served.insist()

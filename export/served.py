@@ -11,18 +11,29 @@ TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
+class Along:
+    """Our drafter along an answer: tokens of every round, and the first token (its place in the
+    answer) that our target would not have written; None when it would have written all."""
+
+    rounds: list[int]
+    differs_at: int | None
+
+
+@dataclass(frozen=True)
 class PromptRecord:
-    """One prompt. `own_text`: with the drafter the engine wrote what it writes without;
-    `same_text`: and our decoder writes the same. `rounds` is None where the engine only tells how
-    many there were (`steps`); `reference_rounds` are ours along the engine's text."""
+    """One prompt. `own_text`: with the drafter the engine wrote what it writes without.
+    `differs_at` is where our target would have written another token. `rounds` is None where the
+    engine only tells how many there were (`steps`); `reference_rounds` are ours along the engine's
+    text, `decoder_rounds` our decoder's where it decoded the prompt into the same text."""
 
     id: str
     tokens: int
     own_text: bool
-    same_text: bool
+    differs_at: int | None
     steps: int
     rounds: list[int] | None
     reference_rounds: list[int]
+    decoder_rounds: list[int] | None
     plain_s: float
     drafted_s: float
 
@@ -31,10 +42,10 @@ class PromptRecord:
 class Served:
     """tau is the tokens produced per target forward after the prompt, bonus token included, over
     all prompts together. The engine's stands beside ours along the very text that the engine wrote,
-    so that a text that ours would not write (another kernel rounds otherwise) is no difference;
-    `decoder_tau` is that of our decoder on its own text. `accepted_by_depth` counts the rounds that
-    kept a draft of depth k (0-based), whatever the length limit cut off left out. Seconds are wall
-    clock of all prompts, prompt forwards included."""
+    so that a text that ours would not write (another kernel rounds otherwise) is no difference.
+    `accepted_by_depth` counts the rounds that kept a draft of depth k (0-based), what the length
+    limit cut off left out. Seconds are wall clock, prompt forwards included; they say something
+    when both runs were `timed` one after the other."""
 
     engine: str
     versions: dict[str, str]
@@ -44,10 +55,10 @@ class Served:
     tokens: int
     engine_tau: float
     reference_tau: float
-    decoder_tau: float
     engine_accepted_by_depth: list[int] | None
     reference_accepted_by_depth: list[int]
     counters: dict[str, Any]
+    timed: bool
     records: list[PromptRecord]
 
     @property
@@ -61,8 +72,8 @@ class Served:
 
     @property
     def same_texts(self) -> int:
-        """Prompts answered as our decoder answers."""
-        return sum(r.same_text for r in self.records)
+        """Prompts answered as our target would have."""
+        return sum(r.differs_at is None for r in self.records)
 
     @property
     def same_rounds(self) -> int:
@@ -82,8 +93,9 @@ class Served:
     @property
     def speedup(self) -> float | None:
         """Wall clock without the drafter over wall clock with it; None when not timed."""
-        drafted = sum(r.drafted_s for r in self.records)
-        return sum(r.plain_s for r in self.records) / drafted if drafted else None
+        if not self.timed:
+            return None
+        return sum(r.plain_s for r in self.records) / sum(r.drafted_s for r in self.records)
 
     def sentence(self) -> str:
         """The result in words."""
@@ -93,9 +105,9 @@ class Served:
             f"(bonus included), reference decoder {self.reference_tau:.4f} along the same text, "
             f"difference {self.difference:+.2%}; greedy chains of {self.gamma}, {self.prompts} "
             f"prompts, {self.tokens} new tokens, {self.dtype}; {self.own_texts} of {self.prompts} "
-            f"texts are the engine's own without drafter, {self.same_texts} also those of the "
-            f"reference decoder ({self.decoder_tau:.4f} tokens per step on its own texts), "
-            f"{self.same_rounds} of {self.prompts} prompts went through equal rounds{speedup}"
+            f"texts are the engine's own without drafter, {self.same_texts} also what our target "
+            f"writes, {self.same_rounds} of {self.prompts} prompts went through equal rounds"
+            f"{speedup}"
         )
 
     def table(self) -> list[tuple[str, str, str]]:
@@ -115,10 +127,10 @@ class Served:
         for r in self.records:
             if not r.own_text:
                 found.append(f"{r.id}: with the drafter another text than without.")
-            elif not r.same_text:
+            elif r.differs_at is not None:
                 found.append(
-                    f"{r.id}: another text than our decoder's (kernels round differently); our "
-                    "rounds are read along the engine's text."
+                    f"{r.id}: our target would have written another token {r.differs_at + 1} "
+                    "(kernels round differently); our rounds are read along the engine's text."
                 )
         return found
 
@@ -148,6 +160,14 @@ class Served:
                 f"exported. {' '.join(self.apart())} If it stays with another drafter, report it "
                 "to the engine."
             )
+        for r in self.records:
+            if self.dtype == "float32" and r.decoder_rounds not in (None, r.reference_rounds):
+                raise ValueError(
+                    f"Our decoder goes through the rounds {r.decoder_rounds} on prompt '{r.id}', "
+                    f"and through {r.reference_rounds} where its drafter only follows the same "
+                    "text, expected the same; nothing was exported, because tokens per step are "
+                    "then not known. Please report it with the run."
+                )
         if abs(self.difference) > TOLERANCE:
             raise ValueError(
                 f"{self.sentence()}: more than {TOLERANCE:.0%} apart, although both read the same "
@@ -163,28 +183,31 @@ def served(
     ids: Sequence[str],
     plain: Outcome,
     drafted: Outcome,
+    along: Sequence[Along],
     decoder: Sequence[Answer],
-    reference: Sequence[list[int]],
     gamma: int,
     max_new_tokens: int,
     dtype: str,
+    timed: bool = False,
 ) -> Served:
-    """Put them side by side: the engine alone and with the drafter, our decoder on its own text,
-    and our rounds along the engine's text (`reference`)."""
+    """Put them side by side: the engine alone and with the drafter, our rounds along its text, and
+    our decoder's answers to the first prompts."""
+    decoded = [*decoder, *[None] * (len(ids) - len(decoder))]
     records = [
         PromptRecord(
             id=name,
             tokens=len(with_.tokens),
             own_text=with_.tokens == alone.tokens,
-            same_text=with_.tokens == ours.tokens,
+            differs_at=ours.differs_at,
             steps=with_.steps,
             rounds=with_.rounds,
-            reference_rounds=rounds,
+            reference_rounds=ours.rounds,
+            decoder_rounds=made.rounds if made and made.tokens == with_.tokens else None,
             plain_s=alone.seconds,
             drafted_s=with_.seconds,
         )
-        for name, alone, with_, ours, rounds in zip(
-            ids, plain.answers, drafted.answers, decoder, reference, strict=True
+        for name, alone, with_, ours, made in zip(
+            ids, plain.answers, drafted.answers, along, decoded, strict=True
         )
     ]
     produced = sum(max(0, r.tokens - 1) for r in records)
@@ -198,12 +221,10 @@ def served(
         tokens=sum(r.tokens for r in records),
         engine_tau=_tau(produced, sum(r.steps for r in records)),
         reference_tau=_tau(produced, sum(len(r.reference_rounds) for r in records)),
-        decoder_tau=_tau(
-            sum(max(0, len(a.tokens) - 1) for a in decoder), sum(a.steps for a in decoder)
-        ),
         engine_accepted_by_depth=_by_depth(shown, gamma) if len(shown) == len(records) else None,
         reference_accepted_by_depth=_by_depth([r.reference_rounds for r in records], gamma),
         counters=drafted.counters,
+        timed=timed,
         records=records,
     )
 

@@ -19,6 +19,7 @@ from models.drafter.base import Drafter
 from models.drafter.causal_lm import CausalLm
 from models.drafter.eagle import Eagle
 from models.drafter.eagle3 import Eagle3
+from models.drafter.medusa import Medusa
 from models.target import Target, load_target, resolve_name
 from tests.export.quick import answers, frequent, prompts, train
 
@@ -85,6 +86,12 @@ def check_served(exporter: Exporter, drafter: Drafter, target: Target, folder: P
         dtype="float32",
     )
     served.insist()
+    # In fp32 nothing is left to rounding: every round is ours, and the engine counts as we do.
+    assert served.own_texts == served.same_texts == served.same_rounds == len(served.records)
+    assert served.engine_accepted_by_depth == served.reference_accepted_by_depth
+    accepted = sum(served.reference_accepted_by_depth)
+    cut = served.gamma * len(served.records)  # by the length limit; the engine counts them
+    assert accepted <= served.counters["accepted_tokens"] <= accepted + cut
     return served.engine_tau
 
 
@@ -106,6 +113,23 @@ def test_eagle_with_its_bias(small_target: Target, texts: list[Tensor], tmp_path
     train(drafter, small_target, texts, steps=60)
     exporter = VllmExporter(gamma=GAMMA)
     assert check_served(exporter, drafter, small_target, tmp_path) > 1.5
+
+
+def test_medusa(small_target: Target, texts: list[Tensor], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    drafter = Medusa(
+        hidden_size=small_target.hidden_size,
+        vocab_size=small_target.vocab_size,
+        num_heads=GAMMA,
+        draft_vocab_size=1024,
+        head=OWN,
+    )
+    drafter.set_vocab(frequent(texts, 1024))
+    drafter.bind(small_target).init_from(small_target)
+    # Not on the last text, so that many drafts are wrong.
+    train(drafter, small_target, texts[:-1], steps=40)
+    tau = check_served(VllmExporter(), drafter, small_target, tmp_path)
+    assert 1.3 < tau < 3.0
 
 
 def test_draft_model(small_target: Target, texts: list[Tensor], tmp_path: Path) -> None:

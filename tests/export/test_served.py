@@ -1,42 +1,47 @@
 """The gate's counts, by hand, and what it refuses."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
 from export.engine.base import Answer, Outcome
 from export.engine.load import load_engine, load_environment
-from export.served import Served, served
+from export.served import Along, Served, served
 
 
 def outcome(*answers: Answer) -> Outcome:
     return Outcome(list(answers), {}, {"x": "1.0"})
 
 
-def put(plain: Outcome, drafted: Outcome, decoder: list[Answer], along: list[list[int]]) -> Served:
+def put(
+    plain: Outcome, drafted: Outcome, along: list[Along], decoder: Sequence[Answer] = ()
+) -> Served:
     return served(
         engine="x",
         ids=["a", "b"],
         plain=plain,
         drafted=drafted,
+        along=along,
         decoder=decoder,
-        reference=along,
         gamma=2,
         max_new_tokens=6,
         dtype="float32",
+        timed=True,
     )
 
 
 TEXT = [7, 1, 2, 3, 4, 5]
 NOTHING = Answer([2], 0, [])
+NOWHERE = Along([], None)
 
 
 def test_rounds_are_counted_by_hand() -> None:
     # Two prompts: 5 tokens after the first in 3 rounds (ours: 2), and none.
     plain = outcome(Answer(TEXT, 5, [1] * 5, 3.0), replace(NOTHING, seconds=1.0))
     drafted = outcome(Answer(TEXT, 3, [2, 2, 1], 1.5), replace(NOTHING, seconds=0.5))
-    made = put(plain, drafted, [Answer(TEXT, 2, [3, 2]), NOTHING], [[3, 2], []])
-    assert (made.engine_tau, made.reference_tau, made.decoder_tau) == (5 / 3, 5 / 2, 5 / 2)
+    made = put(plain, drafted, [Along([3, 2], None), NOWHERE])
+    assert (made.engine_tau, made.reference_tau) == (5 / 3, 5 / 2)
     # [2, 2, 1]: two rounds kept their first draft, none the second; [3, 2]: two, one.
     assert made.engine_accepted_by_depth == [2, 0]
     assert made.reference_accepted_by_depth == [2, 1]
@@ -52,8 +57,7 @@ def test_an_engine_that_only_counts_its_steps() -> None:
     made = put(
         plain,
         outcome(Answer(TEXT, 2, None), NOTHING),
-        [Answer(TEXT, 2, [3, 2]), NOTHING],
-        [[3, 2], []],
+        [Along([3, 2], None), NOWHERE],
     )
     assert made.engine_tau == 5 / 2
     assert made.engine_accepted_by_depth is None
@@ -68,15 +72,14 @@ def test_another_text_is_told_and_counted_along_the_engines() -> None:
     made = put(
         outcome(replace(theirs, steps=5, rounds=[1] * 5), NOTHING),
         outcome(theirs, NOTHING),
-        [Answer(TEXT, 3, [2, 2, 1]), NOTHING],
-        [[3, 2], []],
+        [Along([3, 2], 5), NOWHERE],
     )
     assert (made.own_texts, made.same_texts) == (2, 1)
     assert made.apart() == [
-        "a: another text than our decoder's (kernels round differently); our rounds are read along "
-        "the engine's text."
+        "a: our target would have written another token 6 (kernels round differently); our rounds "
+        "are read along the engine's text."
     ]
-    assert (made.engine_tau, made.reference_tau, made.decoder_tau) == (5 / 2, 5 / 2, 5 / 3)
+    assert made.engine_tau == made.reference_tau == 5 / 2
     made.insist()
 
 
@@ -85,12 +88,22 @@ def test_a_drafter_that_changes_the_text_is_refused_in_full_precision() -> None:
     made = put(
         outcome(Answer(TEXT, 5, [1] * 5), NOTHING),
         outcome(changed, NOTHING),
-        [Answer(TEXT, 2, [3, 2]), NOTHING],
-        [[3, 2], []],
+        [Along([3, 2], None), NOWHERE],
     )
     with pytest.raises(ValueError, match=r"another text than alone for 1 of 2 prompts.* a: with"):
         made.insist()
     replace(made, dtype="bfloat16").insist()  # near-ties
+
+
+def test_our_decoder_must_go_through_the_rounds_of_the_walk() -> None:
+    theirs = Answer(TEXT, 2, [3, 2])
+    both = (outcome(replace(theirs, steps=5, rounds=[1] * 5), NOTHING), outcome(theirs, NOTHING))
+    put(*both, [Along([3, 2], None), NOWHERE], [theirs]).insist()
+    other = Answer(TEXT, 2, [2, 3])
+    with pytest.raises(ValueError, match=r"rounds \[2, 3\] on prompt 'a', and through \[3, 2\]"):
+        put(*both, [Along([3, 2], None), NOWHERE], [other]).insist()
+    # An answer of another text says nothing about the walk.
+    put(*both, [Along([3, 2], None), NOWHERE], [Answer(TEXT[:-1], 2, [2, 2])]).insist()
 
 
 def test_rounds_must_make_up_the_answer() -> None:
@@ -100,7 +113,7 @@ def test_rounds_must_make_up_the_answer() -> None:
 
 def test_only_first_tokens_is_nothing_to_compare() -> None:
     with pytest.raises(ValueError, match="no round was decoded"):
-        put(outcome(NOTHING, NOTHING), outcome(NOTHING, NOTHING), [NOTHING, NOTHING], [[], []])
+        put(outcome(NOTHING, NOTHING), outcome(NOTHING, NOTHING), [NOWHERE, NOWHERE])
 
 
 def test_engines_have_names() -> None:
