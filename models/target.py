@@ -5,6 +5,7 @@ Shape legend: B sequences, T positions, d hidden size, V vocabulary.
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -276,10 +277,13 @@ def resolve_name(name: str) -> str:
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is the first accelerator, else the CPU."""
+    """`auto` is this process's accelerator (the first one, for the first process), else the CPU."""
     if device != "auto":
         return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return torch.device("cuda", local % torch.cuda.device_count())
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -2,8 +2,10 @@
 
 python -m train +experiment=hydra_heads       a published recipe
 python -m train resume=runs/hydra_heads/<id>  continue an interrupted run in its folder
+python -m train resume=<run> trainer=ddp trainer.devices=2   the same, on other processes
 """
 
+import sys
 from pathlib import Path
 
 import hydra
@@ -11,6 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from conf.check import friendly_errors
+from conf.console import is_first_process
+from train.preemption import Preempted
 from train.run import train
 
 # A resumed run stays in its folder; any other gets the one named in conf/train.yaml.
@@ -19,8 +23,14 @@ OmegaConf.register_new_resolver("first_set", lambda first, second: first or seco
 
 @hydra.main(version_base=None, config_path="pkg://conf", config_name="train")
 def _command(cfg: DictConfig) -> None:
-    with friendly_errors():
-        train(cfg, Path(HydraConfig.get().runtime.output_dir))
+    hydra_cfg = HydraConfig.get()
+    placed = any(o.startswith("trainer=") for o in hydra_cfg.overrides.task)
+    try:
+        with friendly_errors():
+            train(cfg, Path(hydra_cfg.runtime.output_dir), placed=placed)
+    except Preempted as stop:
+        # Lightning ends the run when one of the processes that it started fails: these do not.
+        sys.exit(stop.exit_code if is_first_process() else 0)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ states, V target vocabulary, D draft vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -44,8 +44,9 @@ from models.target import Features, Target
 from train.chunked import chunked_loss
 from train.data import Batch, TrainData
 from train.lesson import Lesson, make_lesson, rows_of
-from train.module import DraftModule, parameter_groups
+from train.module import DraftModule
 from train.record import write_json
+from train.strategy.whole import Whole
 
 ROWS = 256
 """Rows whose logits over the whole vocabulary are alive at once."""
@@ -185,14 +186,18 @@ class AcceptanceModule(DraftModule):
         kept = "stays as it is" if plan.frozen else "learns as well"
         say(f"Acceptance head: {count / 1e6:.2f} M parameters; the drafter {kept}.")
 
-    def configure_optimizers(self) -> Any:
-        optimizer = self._make_optimizer(
-            parameter_groups(nn.ModuleList([self.drafter, self.judge]))
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._make_scheduler(optimizer), "interval": "step"},
-        }
+    @property
+    def learning(self) -> nn.Module:
+        return nn.ModuleList([self.drafter, self.judge])
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, Whole):
+            raise ValueError(
+                "An acceptance head is trained in one process or with trainer=ddp, but "
+                f"{type(self.trainer.strategy).__name__} shards the drafter it reads, and the head "
+                "is small; use trainer=ddp."
+            )
+        super().configure_model()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.plan.frozen:
@@ -292,6 +297,8 @@ class AcceptanceModule(DraftModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
+        if batch.repeated:
+            return
         # The same candidates at every validation.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(batch_idx)
@@ -304,11 +311,12 @@ class AcceptanceModule(DraftModule):
         self._sums[0] += float(shifted.loss(1.0)) * len(judged.label_N)
         self._sums[1] += len(judged.label_N)
 
-    def on_validation_epoch_end(self) -> None:
+    def own_numbers(self) -> dict[str, float]:
         """The unweighted cross-entropy with the weight undone: a proper score of the chances."""
-        score = -self._sums[0] / max(1.0, self._sums[1])
-        self.log("val/acceptance_score", score, batch_size=1, sync_dist=self.trainer.world_size > 1)
-        super().on_validation_epoch_end()
+        sums = torch.tensor(self._sums, dtype=torch.float64, device=self.device)
+        if self.trainer.world_size > 1:
+            sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        return {"val/acceptance_score": -float(sums[0]) / max(1.0, float(sums[1]))}
 
 
 @dataclass(frozen=True)

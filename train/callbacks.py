@@ -1,6 +1,5 @@
 """What a run says while it trains, and what it keeps on disk."""
 
-import os
 import shutil
 import time
 from pathlib import Path
@@ -11,10 +10,12 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from conf.console import say
 from data_prep.progress import clock
+from models.drafter.base import Drafter
 from train.data import Batch, TrainData
 from train.module import DraftModule
+from train.record import link, to_disk
 
-LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best"
+LAST, PREVIOUS, BEST, KEPT = "last.ckpt", "previous.ckpt", "best", "step-{:08d}.ckpt"
 
 
 class Console(Callback):
@@ -96,7 +97,7 @@ class Console(Callback):
 def banner(trainer: pl.Trainer, module: DraftModule) -> list[str]:
     """Derived facts, before the first step."""
     data: TrainData = trainer.datamodule  # type: ignore[attr-defined]
-    drafter, target = module.drafter, module.teacher.target
+    drafter, target = module.plain, module.teacher.target
     trained = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in drafter.parameters() if not p.requires_grad)
     learned = data.learned_total
@@ -124,6 +125,8 @@ class Checkpoints(Checkpoint):
 
     Written under another name and renamed, so a checkpoint that has its name is whole. The best
     drafter (by `monitor`) is a drafter folder: it can be loaded and decoded with as it is.
+    Every `keep_every_steps` steps a checkpoint is kept for good, of which the newest `keep_limit`
+    stay (null: all); they share the disk space of last.ckpt until that moves on.
     """
 
     def __init__(
@@ -132,7 +135,22 @@ class Checkpoints(Checkpoint):
         run_dir: Path,
         every_steps: int = 100,
         monitor: str = "val/tau",
+        keep_every_steps: int | None = None,
+        keep_limit: int | None = None,
     ) -> None:
+        for name, value in (
+            ("every_steps", every_steps),
+            ("keep_every_steps", keep_every_steps),
+            ("keep_limit", keep_limit),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(
+                    f"callbacks.checkpoints.{name}={value} must be 1 or more, because it counts "
+                    "steps or files; leave it out or give a positive number."
+                )
+        self.keep_every_steps, self.keep_limit = keep_every_steps, keep_limit
+        self.seconds = 0.0
+        self.saved_step: int | None = None
         self.folder = Path(run_dir) / "checkpoints"
         self.every_steps = every_steps
         self.monitor = monitor
@@ -162,8 +180,13 @@ class Checkpoints(Checkpoint):
         # Where validation follows at once, on_validation_end saves: a run resumed from here would
         # skip that validation.
         validates = (batch_idx + 1) % int(trainer.val_check_batch or 1) == 0
-        if (step % self.every_steps == 0 or step == data.total_steps) and not validates:
+        if (self._is_due(step) or step == data.total_steps) and not validates:
             self.save(trainer)
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.every_steps == 0 or (
+            self.keep_every_steps is not None and step % self.keep_every_steps == 0
+        )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, DraftModule)
@@ -173,33 +196,44 @@ class Checkpoints(Checkpoint):
         # Among equals the later one: it was trained longer.
         if self.best is None or score >= self.best:
             self.best, self.best_step = score, trainer.global_step
+            drafter = pl_module.trained or pl_module.whole_drafter()
             if trainer.is_global_zero:
-                self._save_drafter(pl_module)
-        if trainer.state.fn == "fit":
+                self._save_drafter(drafter)
+        if pl_module.trained is None:
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write last.ckpt; what it replaces becomes previous.ckpt."""
+        begin = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
         fresh, last = self.folder / "writing.ckpt", self.folder / LAST
         trainer.save_checkpoint(fresh)
-        if not trainer.is_global_zero:
-            return
-        with fresh.open("rb") as file:
-            os.fsync(file.fileno())
-        if last.exists():
-            # A second name first, so that there is no moment without a last.ckpt.
-            spare = self.folder / "spare.ckpt"
-            spare.unlink(missing_ok=True)
-            spare.hardlink_to(last)
-            spare.replace(self.folder / PREVIOUS)
-        fresh.replace(last)
+        self.saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            to_disk(fresh)
+            if last.exists():
+                # A second name first, so that there is no moment without a last.ckpt.
+                link(last, self.folder / PREVIOUS)
+            fresh.replace(last)
+            self._keep(trainer.global_step)
+            to_disk(self.folder)
+        self.seconds += time.perf_counter() - begin
 
-    def _save_drafter(self, module: DraftModule) -> None:
+    def _keep(self, step: int) -> None:
+        if self.keep_every_steps is None or step % self.keep_every_steps:
+            return
+        link(self.folder / LAST, self.folder / KEPT.format(step))
+        kept = sorted(self.folder.glob("step-*.ckpt"))
+        for old in kept[: -self.keep_limit] if self.keep_limit else []:
+            old.unlink()
+
+    def _save_drafter(self, drafter: Drafter) -> None:
         best, fresh, old = (self.folder / name for name in (BEST, "writing", "old"))
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        module.drafter.save_pretrained(fresh)
+        drafter.save_pretrained(fresh)
+        for file in fresh.iterdir():
+            to_disk(file)
         if best.exists():
             best.rename(old)
         fresh.rename(best)

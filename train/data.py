@@ -1,8 +1,10 @@
 """Batches: by length, within a token budget, in an order that depends on the seed alone.
 
-All batches of a run are planned before the first step, over all epochs and ranks. So the number of
-steps is known, every step knows how many tokens it learns in all its micro-batches on all ranks
-(the normaliser of its loss, without communication), and resuming is: start at batch number n.
+All batches of a run are planned before the first step, over all epochs. A step takes the next
+accumulate * world of them, and rank r the r-th, (r + world)-th, ... So the number of steps is
+known, every step knows how many tokens it learns in all its micro-batches on all ranks (the
+normaliser of its loss, without communication), and resuming is: go on at micro-batch number n of
+the plan, on any number of ranks that shares the micro-batches of a step.
 
 A sequence is cut to what can matter. Behind its last token to learn nothing is learned. Before the
 first one, drafters that do not mix positions need only the 1 + num_depths positions whose states
@@ -47,7 +49,8 @@ class Batch:
     sequence after the other, with learn[u+1] (a window holds all of its example's).
 
     `normalizer` is the number of tokens to learn in the whole optimizer step: all its micro-batches
-    on all ranks. `index` counts this rank's micro-batches from the start of the run.
+    on all ranks. `index` counts this rank's micro-batches from the start of the run, `place` those
+    of all ranks. `repeated` fills up a rank that has fewer to validate: it does not count.
     """
 
     tokens_BT: Tensor
@@ -55,6 +58,8 @@ class Batch:
     normalizer: int
     learned: int
     index: int = 0
+    place: int = 0
+    repeated: bool = False
     ends_step: bool = True
     epoch: float = 0.0
     features: Features | None = None
@@ -164,10 +169,14 @@ class ValLoader:
         self.data, self.batches = data, batches
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return -(-len(self.batches) // self.data.world)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self.data.val_batch(examples) for examples in self.batches)
+        for first in range(0, len(self.batches), self.data.world):
+            place = first + self.data.rank
+            repeated = place >= len(self.batches)
+            batch = self.data.val_batch(self.batches[-1 if repeated else place])
+            yield replace(batch, repeated=repeated)
 
 
 class TrainData(LightningDataModule):
@@ -176,7 +185,8 @@ class TrainData(LightningDataModule):
     `epochs` and `max_steps` bound the plan (whichever comes first). `layers` are the inner layers
     to read from feature shards; `online` leaves features to the teacher, `sampled` says of which
     micro-batches besides (they are on-policy: their answers will be replaced). `signal` is read in
-    place of features. `num_depths` and `reads_history` come from the drafter.
+    place of features. `num_depths` and `reads_history` come from the drafter. `world` processes
+    share each step; `setup` asks the trainer which of them this is.
     """
 
     def __init__(
@@ -207,7 +217,7 @@ class TrainData(LightningDataModule):
             )
         self.train_reader, self.val_reader = train, val
         self.seed, self.tokens_per_batch = seed, tokens_per_batch
-        self.accumulate, self.rank, self.world = accumulate, rank, world
+        self.accumulate, self.world = accumulate, world
         self.online, self.layers, self.signal = online, layers, signal
         self.sampled = sampled or (lambda _: False)
         self.lead = None if reads_history else 1 + num_depths
@@ -221,7 +231,15 @@ class TrainData(LightningDataModule):
         self.val_windows = [window_of(val[i].learn, self.lead) for i in range(count)]
         self.start = 0
         self.plan = self._make_plan(epochs, max_steps)
-        self.mine = self.plan[rank::world]
+        self.take_rank(rank)
+
+    def take_rank(self, rank: int) -> None:
+        """Choose this process's part of the plan."""
+        self.rank, self.mine = rank, self.plan[rank :: self.world]
+
+    def setup(self, stage: str) -> None:
+        assert self.trainer is not None
+        self.take_rank(self.trainer.global_rank)
 
     # --- the plan --------------------------------------------------------------------------------
 
@@ -253,7 +271,7 @@ class TrainData(LightningDataModule):
                 for b, d in zip(batches, done, strict=True)
             ]
             epoch += 1
-        return _divisible(plan[:wanted], self.world)
+        return _divisible(plan[:wanted], group, self.world)
 
     def _cost(self, window: Window) -> int:
         """Padded positions an example costs: the online teacher reads from token 0."""
@@ -277,8 +295,9 @@ class TrainData(LightningDataModule):
             batch,
             normalizer=sum(self._learned(p) for p in together),
             index=index,
+            place=index * self.world + self.rank,
             ends_step=last,
-            epoch=self.mine[index].epoch,
+            epoch=together[-1].epoch,
         )
 
     def val_batch(self, examples: Sequence[int]) -> Batch:
@@ -332,27 +351,28 @@ class TrainData(LightningDataModule):
         costs = [self._cost(w) for w in self.val_windows]
         budget = max(self.tokens_per_batch, *costs, 1)
         batches = plan_epoch(costs, budget, seed=0, epoch=0)
-        return ValLoader(self, batches[self.rank :: self.world])
+        return ValLoader(self, batches)
 
     def plan_hash(self) -> str:
         """16 hex digits of the plan: resuming needs the same one."""
-        text = repr([p.examples for p in self.plan]) + repr((self.accumulate, self.world))
+        text = repr([p.examples for p in self.plan]) + repr(self.accumulate * self.world)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sampler stands. Saved after a batch was trained on, before the next."""
         assert self.trainer is not None
-        return {"batches": self.trainer.fit_loop.total_batch_idx + 1, "plan": self.plan_hash()}
+        taken = (self.trainer.fit_loop.total_batch_idx + 1) * self.world
+        return {"taken": taken, "plan": self.plan_hash()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["plan"] != self.plan_hash():
             raise ValueError(
                 "The checkpoint was made with other batches than this run would make, expected the "
-                "same, because the dataset, the seed, data.tokens_per_batch, the accumulation, the "
-                "number of processes or the length of the run changed; resume with what the run "
-                "began with, or start a new run."
+                "same, because the dataset, the seed, data.tokens_per_batch, the micro-batches of "
+                "a step or the length of the run changed; resume with what the run began with, or "
+                "start a new run."
             )
-        self.start = state_dict["batches"]
+        self.start = state_dict["taken"] // self.world
 
 
 def _pad(rows: list[Tensor], length: int) -> Tensor:
@@ -363,13 +383,18 @@ def _pad(rows: list[Tensor], length: int) -> Tensor:
     return padded
 
 
-def _divisible(plan: list[Planned], world: int) -> list[Planned]:
-    """Halve large batches until every rank gets as many: nothing is repeated or dropped."""
+def _divisible(plan: list[Planned], group: int, world: int) -> list[Planned]:
+    """Halve large batches until every step has `group`: nothing is repeated or dropped.
+
+    Where all have one example the last step may be shorter, as long as the ranks have as many.
+    """
     plan = list(plan)
-    while len(plan) % world:
+    while len(plan) % group:
         i = max(range(len(plan)), key=lambda j: (len(plan[j].examples), j))
         whole = plan[i]
         if len(whole.examples) < 2:
+            if len(plan) % world == 0:
+                break
             raise ValueError(
                 f"{len(plan)} batches of one example each cannot be shared by {world} processes, "
                 "expected a multiple; use fewer processes or more data."

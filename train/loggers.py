@@ -7,6 +7,8 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger
 
+from conf.console import is_first_process
+
 METRICS = "metrics.csv"
 
 
@@ -20,6 +22,8 @@ class RunCSV(CSVLogger):
 
     def __init__(self, *, run_dir: Path, resume_step: int = 0) -> None:
         super().__init__(save_dir=run_dir, name="", version="", flush_logs_every_n_steps=1)
+        if not is_first_process():
+            return  # only the first one writes
         path = Path(run_dir) / METRICS
         kept, columns = _rows_until(path, resume_step) if path.exists() else ([], [])
         # The writer refuses a folder that is not empty: it starts aside, then goes to its place.

@@ -1,5 +1,6 @@
 """The one LightningModule: any drafter, any row loss, any teacher."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,12 +13,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from models.drafter.base import Depth, Drafter
+from models.head import Head
 from models.target import Features
 from train.chunked import Lesson, LossSums, chunked_loss, make_lesson, rows_per_chunk
-from train.data import Batch
+from train.data import Batch, TrainData
 from train.losses import RowLoss
 from train.metrics import Tally, tally_batch
-from train.onpolicy import OnPolicy
+from train.onpolicy import OnPolicy, dealt
+from train.progress import count_again
+from train.recompute import recompute_activations
+from train.strategy.fsdp2 import FSDP2
+from train.strategy.whole import Whole, whole_context
 from train.teacher import Teacher
 from train.weighting import Situation, Weighting
 from train.writer import check_drafter
@@ -45,8 +51,10 @@ class DraftModule(LightningModule):
         seed: int = 0,
         onpolicy: OnPolicy | None = None,
         weighting: Weighting | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self._made = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.drafter = drafter
         self.teacher = teacher
         self.loss = loss
@@ -69,7 +77,65 @@ class DraftModule(LightningModule):
         self.tally = self._empty_tally(torch.device("cpu"))
         self.validated_step: int | None = None
         self._step_sums: list[Tensor] = []
+        self._plain: list[Drafter] = []  # in a list: no sub-module
+        self._trained: list[Drafter] = []
+        self._groups: list[list[nn.Parameter]] = []
         teacher.set_vocab(drafter.draft_ids_D)
+        self._recompute = recompute
+
+    def remade(self, drafter: Drafter) -> "DraftModule":
+        """The same around a drafter that is trained."""
+        made = DraftModule(**self._made | {"drafter": drafter, "recompute": False})
+        made.end_with(drafter)
+        made.tally, made.validated_step = self.tally, self.validated_step
+        return made
+
+    # --- several processes -----------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Before the optimizer is made: a sharding strategy takes the drafter apart."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, Whole) and not self._plain:
+            target = self.teacher.target
+            shared = {id(part): part for part in (target, target.model, *target.model.modules())}
+            shared |= {id(part): part for part in target.model.parameters()}
+            self._plain.append(copy.deepcopy(self.drafter, shared).to("cpu"))
+        if self._recompute:
+            recompute_activations(self.drafter)
+            self._recompute = False
+        if isinstance(strategy, FSDP2):
+            strategy.shard(self)
+
+    def whole_drafter(self) -> Drafter:
+        """The drafter with all its weights. Every process must come here."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, Whole):
+            return self.drafter
+        (plain,) = self._plain
+        plain.load_state_dict(strategy.whole_module(self.drafter))
+        return plain
+
+    @property
+    def plain(self) -> Drafter:
+        """The drafter that no strategy has taken apart. Its weights are those of the last call of
+        `whole_drafter`."""
+        return self._plain[0] if self._plain else self.drafter
+
+    def trained_groups(self) -> list[list[nn.Parameter]]:
+        """The trained parameters, as they were grouped for the optimizer."""
+        return self._groups
+
+    def on_train_end(self) -> None:
+        self.end_with(self.whole_drafter())
+
+    @property
+    def trained(self) -> Drafter | None:
+        """The whole drafter, once its last step is done."""
+        return self._trained[0] if self._trained else None
+
+    def end_with(self, drafter: Drafter) -> None:
+        """This is it."""
+        self._trained = [drafter]
 
     # --- one batch -------------------------------------------------------------------------------
 
@@ -111,15 +177,16 @@ class DraftModule(LightningModule):
         return features if torch.is_autocast_enabled(device) else features.to(self.drafter.dtype)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        depths, lesson = self.prepare(batch)
-        sums = chunked_loss(
-            depths=depths,
-            lesson=lesson,
-            loss=self.loss,
-            projection=self.teacher,
-            depth_decay=self.depth_decay,
-            chunk_rows=self.chunk_rows,
-        )
+        with self.trainer.precision_plugin.forward_context():
+            depths, lesson = self.prepare(batch)
+            sums = chunked_loss(
+                depths=depths,
+                lesson=lesson,
+                loss=self.loss,
+                projection=self.teacher,
+                depth_decay=self.depth_decay,
+                chunk_rows=self.chunk_rows,
+            )
         self._report(sums, batch)
         # Lightning divides by the micro-batches of a step and averages over ranks; the normaliser
         # already covers both.
@@ -133,7 +200,11 @@ class DraftModule(LightningModule):
         """
         if self.onpolicy is None or not self.trainer.training:
             return batch
-        with self.trainer.precision_plugin.forward_context():
+        with (
+            self.trainer.precision_plugin.forward_context(),
+            whole_context(self),
+        ):
+            self._forget()
             return self.onpolicy.batch(
                 batch,
                 data=self.trainer.datamodule,  # type: ignore[attr-defined]
@@ -153,9 +224,10 @@ class DraftModule(LightningModule):
         return self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Dropout depends on (seed, rank, micro-batch) alone, so a resumed run draws the same."""
+        """Dropout depends on the seed and the micro-batch's place in the plan alone: a resumed run
+        draws the same, and so does one on another number of processes."""
         assert batch.index == self.trainer.fit_loop.total_batch_idx, "the sampler lost its place"
-        mixed = np.random.SeedSequence([self.seed, self.global_rank, batch.index])
+        mixed = np.random.SeedSequence([self.seed, 0, batch.place])
         torch.manual_seed(int(mixed.generate_state(1)[0]))
 
     def _report(self, sums: LossSums, batch: Batch) -> None:
@@ -190,7 +262,7 @@ class DraftModule(LightningModule):
         Lightning writes after its callbacks have run, so a run killed right behind a checkpoint
         would lose the row of that step for good.
         """
-        self.log_dict(numbers, logger=False, batch_size=1)
+        self.trainer.callback_metrics.update({k: torch.tensor(v) for k, v in numbers.items()})
         if log:
             for logger in self.loggers:
                 logger.log_metrics(numbers, step=step)
@@ -205,21 +277,35 @@ class DraftModule(LightningModule):
         """What the last validation measured; the loss is that of the trained depths."""
         return self.tally.summary(self.depth_decay, trained=self.drafter.num_depths)
 
+    def own_numbers(self) -> dict[str, float]:
+        """What a module measures beside that."""
+        return {}
+
     def on_validation_epoch_start(self) -> None:
         self.tally = self._empty_tally(self.device)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Heads must not trust what they derived from weights that were put together anew."""
+        for module in self.drafter.modules():
+            if isinstance(module, Head):
+                module.forget()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        depths, lesson = self.prepare(batch)
-        measured = tally_batch(
-            depths=depths,
-            lesson=lesson,
-            loss=self.loss,
-            teacher=self.teacher,
-            draft_ids_D=self.drafter.draft_ids_D,
-            chunk_rows=self.chunk_rows,
-            max_depth=self.drafter.max_depth,
-            signal=batch.signal,
-        )
+        with self.trainer.precision_plugin.forward_context():
+            depths, lesson = self.prepare(batch)
+            measured = tally_batch(
+                depths=depths,
+                lesson=lesson,
+                loss=self.loss,
+                teacher=self.teacher,
+                draft_ids_D=self.drafter.draft_ids_D,
+                chunk_rows=self.chunk_rows,
+                max_depth=self.drafter.max_depth,
+                signal=batch.signal,
+            )
+        if batch.repeated:
+            return  # only so that all processes do as many
         for total, part in zip(self.tally.tensors(), measured.tensors(), strict=True):
             total += part
 
@@ -228,6 +314,7 @@ class DraftModule(LightningModule):
             for total in self.tally.tensors():
                 total.copy_(self.trainer.strategy.reduce(total, reduce_op="sum"))  # type: ignore[arg-type]
         numbers = {f"val/{k}": v for k, v in self.validation_numbers().items()}
+        numbers |= self.own_numbers()
         # Validating again (the best drafter, at the end) is not one more point of the curve.
         self._log(numbers, step=self.global_step, log=self.validated_step != self.global_step)
         self.validated_step = self.global_step
@@ -243,13 +330,24 @@ class DraftModule(LightningModule):
             checkpoint["onpolicy"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data: TrainData = self.trainer.datamodule  # type: ignore[attr-defined]
+        count_again(checkpoint["loops"]["fit_loop"], checkpoint["TrainData"]["taken"] // data.world)
         if self.onpolicy is not None:
-            self.onpolicy.load_state_dict(checkpoint["onpolicy"][self.trainer.global_rank])
+            self.onpolicy.load_state_dict(
+                dealt(checkpoint["onpolicy"], self.trainer.global_rank, self.trainer.world_size)
+            )
 
     # --- optimisation ----------------------------------------------------------------------------
 
+    @property
+    def learning(self) -> nn.Module:
+        """What is trained."""
+        return self.drafter
+
     def configure_optimizers(self) -> Any:
-        optimizer = self._make_optimizer(parameter_groups(self.drafter))
+        groups = parameter_groups(self.learning)
+        self._groups = [list(group["params"]) for group in groups]
+        optimizer = self._make_optimizer(groups)
         scheduler = self._make_scheduler(optimizer)
         return {
             "optimizer": optimizer,
@@ -262,7 +360,8 @@ class DraftModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """By the global norm. (Lightning refuses fused optimizers here, for fp16's sake.)"""
+        """By the global norm. (Lightning refuses fused optimizers here, for fp16's sake.)
+        Gradients that DeepSpeed keeps are clipped by itself and are not here."""
         if gradient_clip_val:
             nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 

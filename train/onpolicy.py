@@ -293,6 +293,21 @@ def collate(rows: Sequence[Sampled], planned: Batch, normalizer: int) -> Batch:
     )
 
 
+def dealt(states: Sequence[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
+    """The state of one rank out of those of a run that may have had another number of them.
+
+    Rings go round in turn, so that every rank has sequences to replay; counts stay with rank 0.
+    """
+    if len(states) == world:
+        return states[rank]
+    rings = [state["ring"] for state in states]
+    counts = [state["counts"] for state in states]
+    summed = {name: sum(c[name] for c in counts) for name in counts[0]}
+    nothing = dict.fromkeys(summed, 0)
+    ring = rings[rank % len(rings)]
+    return {"counts": summed if rank == 0 else nothing, "ring": ring}
+
+
 def _uniform(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
     return stable_hash(text) / 2**64

@@ -91,6 +91,23 @@ def write_atomic(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def to_disk(path: Path) -> None:
+    """When this returns a power failure cannot take the file (or the names in the folder) away."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def link(path: Path, name: Path) -> None:
+    """A second name for a file, in place of what had it."""
+    spare = name.with_suffix(".spare")
+    spare.unlink(missing_ok=True)
+    spare.hardlink_to(path)
+    spare.replace(name)
+
+
 def point_latest(run_dir: Path) -> None:
     """`latest` beside the run becomes a link to it."""
     link = run_dir.parent / "latest"

@@ -12,19 +12,17 @@
 
 import json
 import logging
-import shutil
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from conf.check import RUNTIME_NAMES, build, check
-from conf.console import console, say
+from conf.console import console, is_first_process, say
 from data_prep.pipeline import Dataset, DatasetFolder
 from data_prep.shards import ShardReader
 from decode.measure import measure
@@ -35,16 +33,25 @@ from models.drafter.base import Drafter
 from models.drafter.load import load_drafter
 from models.target import Target
 from models.vocab import choose_vocab, count_tokens
-from train.acceptance import Acceptance, AcceptanceModule, Chosen, borrow, settle
-from train.callbacks import BEST, Checkpoints
+from train.acceptance import Acceptance, AcceptanceModule, Chosen, borrow
+from train.callbacks import Checkpoints
 from train.data import TrainData
+from train.finish import Job, finish
 from train.losses import RowLoss
-from train.metrics import drafted_ranks
 from train.mix import Mix
 from train.module import DraftModule
 from train.onpolicy import OnPolicy
 from train.record import facts, point_latest, write_config, write_json
-from train.resume import ResumePoint, find_checkpoint, read_config
+from train.resume import (
+    ResumePoint,
+    find_checkpoint,
+    is_finished,
+    require_same_config,
+    resumed_config,
+    with_accumulation,
+    with_fixed_start,
+)
+from train.strategy.place import Place, find_place
 from train.teacher import Teacher
 from train.writer import check_family
 
@@ -53,6 +60,7 @@ SUPPLIED = RUNTIME_NAMES | {
     "callbacks",
     "data",
     "loggers",
+    "place",
     "run_dir",
     "resume_step",
     "seed",
@@ -62,43 +70,53 @@ SUPPLIED = RUNTIME_NAMES | {
 """Arguments that this command fills in, so that a config need not."""
 
 
-def train(cfg: DictConfig, run_dir: Path) -> Path:
-    """Train, or continue what lies in `run_dir` when `cfg.resume` names it. Returns the folder."""
+def train(cfg: DictConfig, run_dir: Path, *, placed: bool = False) -> Path:
+    """Train, or continue what lies in `run_dir`. Returns the folder.
+
+    A run is continued when `cfg.resume` names it, or when the same command is given the folder
+    again (a Slurm job that was queued again). `placed`: a resumed run takes its trainer's strategy,
+    devices and nodes from `cfg` and not from the time when it was started.
+    """
+    point = ResumePoint(None)
     if cfg.resume is not None:
         run_dir = Path(cfg.resume)
-        cfg = read_config(run_dir)
+        cfg = resumed_config(run_dir, cfg.trainer if placed else None)
         point = find_checkpoint(run_dir)
-        say(f"Resuming {run_dir} after step {point.step}.")
     else:
-        point = ResumePoint(None)
-    cfg = borrow(cfg)
+        cfg = with_fixed_start(borrow(cfg))
+        if (run_dir / ".hydra" / "config.yaml").is_file():
+            if is_finished(run_dir):
+                say(f"{run_dir} is finished: there is nothing left to do.")
+                return run_dir
+            require_same_config(run_dir, cfg)
+            point = find_checkpoint(run_dir)
+    if point.path is not None:
+        say(f"Resuming {run_dir} after step {point.step}.")
     check(cfg, runtime=SUPPLIED)
+    place = find_place(devices=cfg.trainer.get("devices", 1), nodes=cfg.trainer.get("nodes", 1))
+    cfg = with_accumulation(cfg, run_dir, place)
     if cfg.onpolicy is not None:
         check_family(cfg.drafter)
     _quieten()
     dataset: Dataset = build(cfg.dataset)
     mix: Mix | None = build(cfg.mix)
-    start = None if cfg.start is None else start_folder(cfg.start)
-    if start is not None:
-        # `latest` may name another run by the time this one is resumed.
-        merged = OmegaConf.merge(cfg, {"start": str(start.resolve())})
-        assert isinstance(merged, DictConfig)
-        cfg = merged
     target: Target = build(cfg.target)
-    if cfg.resume is None and point.path is None:
+    if is_first_process() and not (run_dir / ".hydra" / "config.yaml").is_file():
         write_config(run_dir, cfg)
     build(cfg.teacher, target=target).check(build(cfg.loss), dataset)
     folder = dataset.prepare(target)
     if mix is not None:
         mix.prepare(target)
-    job = _assemble(cfg, run_dir, target, folder, point, mix, start)
-    write_json(run_dir / "run.json", job.facts | {"finished": False})
+    job = _assemble(cfg, run_dir, target, folder, point, mix, place)
+    if is_first_process():
+        write_json(run_dir / "run.json", job.facts | {"finished": False})
     say(f"Run folder: {run_dir}")
     begin = time.perf_counter()
     job.trainer.fit(job.module, datamodule=job.data, ckpt_path=point.path, weights_only=True)
     # Of this process: a resumed run says how long its last part took.
     results: dict[str, Any] = {"train_seconds": time.perf_counter() - begin}
-    results |= _finish(job, run_dir)
+    results["checkpoint_seconds"] = job.checkpoints.seconds if job.checkpoints else 0.0
+    results |= finish(job, run_dir, point.path)
     if job.module.onpolicy is not None:
         results["onpolicy"] = vars(job.module.onpolicy.totals)
     if cfg.final_decode is not None and job.trainer.is_global_zero:
@@ -110,15 +128,6 @@ def train(cfg: DictConfig, run_dir: Path) -> Path:
     return run_dir
 
 
-@dataclass(frozen=True)
-class _Job:
-    module: DraftModule
-    data: TrainData
-    trainer: pl.Trainer
-    checkpoints: Checkpoints | None
-    facts: dict[str, Any]
-
-
 def _assemble(
     cfg: DictConfig,
     run_dir: Path,
@@ -126,8 +135,8 @@ def _assemble(
     folder: DatasetFolder,
     point: ResumePoint,
     mix: Mix | None,
-    start: Path | None,
-) -> _Job:
+    place: Place,
+) -> Job:
     """Everything a run is made of."""
     own: Any = folder.reader("train")
     val: Any = folder.reader("val")
@@ -135,11 +144,11 @@ def _assemble(
     torch.manual_seed(cfg.seed)
     plan: Acceptance | None = build(cfg.get("acceptance"))
     if plan is not None:
-        assert start is not None, "borrow comes before"
         own, val = Chosen(own, plan.temperature), Chosen(val, plan.temperature)
     train = own if mix is None else mix.reader(own)
+    start = None if cfg.start is None else Path(cfg.start)
     if plan is not None:
-        assert start is not None
+        assert start is not None, "borrow comes before"
         drafter = load_drafter(start, target)
         coverage = coverage_of(drafter, own, target)
     else:
@@ -155,7 +164,8 @@ def _assemble(
         seed=cfg.seed,
         epochs=cfg.trainer.get("epochs"),
         max_steps=cfg.trainer.get("max_steps"),
-        accumulate=cfg.trainer.get("accumulate", 1),
+        accumulate=cfg.trainer.accumulate,
+        world=place.world,
         online=teacher.online,
         sampled=None if onpolicy is None else onpolicy.chosen,
         layers=drafter.feature_layers,
@@ -174,6 +184,7 @@ def _assemble(
         seed=cfg.seed,
         onpolicy=onpolicy,
         weighting=build(cfg.weighting, target=target),
+        recompute=cfg.trainer.get("recompute", False),
         make_optimizer=lambda groups: build(cfg.optimizer, params=groups),
         make_scheduler=lambda optimizer: build(
             cfg.scheduler, optimizer=optimizer, total_steps=data.total_steps
@@ -188,6 +199,7 @@ def _assemble(
         cfg.trainer,
         target=target,
         data=data,
+        place=place,
         run_dir=run_dir,
         callbacks=callbacks,
         loggers=list((loggers or {}).values()),
@@ -198,8 +210,10 @@ def _assemble(
         "examples": folder.manifest["splits"]["train"]["examples"],
         "tokens_to_learn": folder.manifest["splits"]["train"]["learned"],
     }
+    about["micro_batches"] = data.accumulate * data.world
+    about["processes"] = data.world
     keepers = [c for c in callbacks if isinstance(c, Checkpoints)]
-    return _Job(module, data, trainer, keepers[0] if keepers else None, about)
+    return Job(module, data, trainer, keepers[0] if keepers else None, about)
 
 
 def _new_drafter(
@@ -259,17 +273,6 @@ def learned_counts(reader: ShardReader, target: Target) -> torch.Tensor:
     return counts_V
 
 
-def start_folder(start: str) -> Path:
-    """The drafter folder that `start` names: a run (its `drafter`), or a drafter itself."""
-    for folder in (Path(start) / "drafter", Path(start)):
-        if (folder / "config.json").is_file():
-            return folder
-    raise ValueError(
-        f"start={start} should be a run folder or a drafter folder, but there is neither a "
-        "config.json nor a drafter/config.json in it; give runs/<name>/latest of a finished run."
-    )
-
-
 def start_from(drafter: Drafter, folder: Path, target: Target) -> None:
     """Take over the weights and the draft vocabulary of the drafter in `folder`."""
     earlier = load_drafter(folder, target)
@@ -298,39 +301,6 @@ def calibration_texts(reader: ShardReader, limit: int = 64) -> list[torch.Tensor
     """A few examples, spread evenly over the training split."""
     step = max(1, len(reader) // limit)
     return [reader[i].tokens for i in range(0, len(reader), step)][:limit]
-
-
-def _finish(job: _Job, run_dir: Path) -> dict[str, Any]:
-    """Validate the last drafter, keep the best one, and measure its ranks."""
-    keeper = job.checkpoints
-    last = job.data.total_steps
-    if job.module.validated_step != last:
-        job.trainer.validate(job.module, datamodule=job.data, verbose=False)
-    if keeper is not None and keeper.best_step not in (None, last):
-        best = load_drafter(keeper.folder / BEST, job.module.teacher.target)
-        job.module.drafter.start_from(best)
-        if best.acceptance is not None:
-            assert job.module.drafter.acceptance is not None
-            job.module.drafter.acceptance.load_state_dict(best.acceptance.state_dict())
-        keeper.decided = True
-        say(f"The drafter of step {keeper.best_step} had the best {keeper.monitor}: it is kept.")
-        job.trainer.validate(job.module, datamodule=job.data, verbose=False)
-    if isinstance(job.module, AcceptanceModule):
-        settle(job.module, job.data, run_dir)
-    if job.trainer.is_global_zero:
-        fresh = run_dir / "drafter.tmp"
-        shutil.rmtree(fresh, ignore_errors=True)
-        job.module.drafter.save_pretrained(fresh)
-        shutil.rmtree(run_dir / "drafter", ignore_errors=True)
-        fresh.rename(run_dir / "drafter")
-        tally = job.module.tally
-        ranks = drafted_ranks(tally, job.module.drafter)
-        write_json(
-            run_dir / "rank_accuracy.json",
-            {"accuracy": ranks, "positions": int(tally.count_K[0])},
-        )
-    numbers = job.module.validation_numbers()
-    return {"step": keeper.best_step if keeper else last, "val": numbers}
 
 
 def _decode(
@@ -387,6 +357,10 @@ def _quieten() -> None:
         r"Checkpoint directory .* exists and is not empty",
         r"Trying to infer the `batch_size`",
         r"GPU available but not used",
+        r"The `srun` command is available on your system but is not used",
+        r"find_unused_parameters=True was specified in DDP constructor",
+        r"`torch.distributed\..*` is deprecated",
+        r"Since DeepSpeed handles gradient clipping internally",
         r"You have overridden `on_after_batch_transfer` in `LightningModule`",
     ):
         warnings.filterwarnings("ignore", message=pattern)

@@ -33,6 +33,9 @@ class Head(nn.Module, ABC):
         """
         return None
 
+    def forget(self) -> None:
+        """Drop what was computed from the weights: they may have changed unseen."""
+
     def bind(self, target: Target, draft_ids_D: Tensor | None) -> None:
         """Reach the target's head, for heads that use it frozen. Stores nothing."""
 

@@ -36,6 +36,9 @@ class TiedHead(Head):
             )
         self._ids, self._rows = [draft_ids_D], None
 
+    def forget(self) -> None:
+        self._rows = None
+
     def forward(self, states: Tensor) -> Tensor:
         assert self.weight is not None, "the family ties this head to its embedding"
         return F.linear(states, self._draft_rows(self.weight).to(states.dtype))

@@ -50,11 +50,13 @@ class Recipe:
         with initialize_config_module(config_module="conf", version_base=None):
             return compose("train", overrides=[*ours, *overrides])
 
-    def run(self, run_dir: Path, *overrides: str, without: str | None = None) -> Path:
+    def run(
+        self, run_dir: Path, *overrides: str, without: str | None = None, placed: bool = False
+    ) -> Path:
         """Train in this process."""
         cfg = self.compose(*overrides, without=without)
         OmegaConf.set_readonly(cfg, True)
-        return train_run(cfg, run_dir)
+        return train_run(cfg, run_dir, placed=placed)
 
 
 @pytest.fixture(scope="session")

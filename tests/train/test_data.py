@@ -103,7 +103,7 @@ def test_nothing_to_learn_is_refused() -> None:
 
 def test_resuming_starts_behind_what_was_done() -> None:
     data, again = make(), make()
-    again.load_state_dict({"batches": 3, "plan": data.plan_hash()})
+    again.load_state_dict({"taken": 3, "plan": data.plan_hash()})
     rest, all_batches = list(again.train_dataloader()), list(data.train_dataloader())
     assert [b.index for b in rest] == list(range(3, len(data.mine)))
     for ours, theirs in zip(rest, all_batches[3:], strict=True):
@@ -113,4 +113,4 @@ def test_resuming_starts_behind_what_was_done() -> None:
 
 def test_resuming_with_other_batches_is_refused() -> None:
     with pytest.raises(ValueError, match="made with other batches"):
-        make(seed=4).load_state_dict({"batches": 3, "plan": make().plan_hash()})
+        make(seed=4).load_state_dict({"taken": 3, "plan": make().plan_hash()})

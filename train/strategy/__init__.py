@@ -1,0 +1,1 @@
+"""How a drafter is spread over several processes: Lightning's strategies, with one checkpoint."""
