@@ -207,7 +207,7 @@ class EagleCheckpoint:
         for _ in range(UNLIMITED):
             joined = torch.cat([self.target.embed(tokens_T).float(), given_Td], dim=-1)
             z_Td = F.linear(joined, self.tensors["fc.weight"], self.tensors.get("fc.bias"))
-            out_d = self.layer(z_Td, z_Td)[-1]
+            out_d = self.layer(z_Td, z_Td, last=1)[0]
             drafted.append(int((head_Vd @ out_d).argmax()))
             given_Td = torch.cat([given_Td, out_d[None]])
             tokens_T = torch.cat([tokens_T, tokens_T.new_tensor([drafted[-1]])])

@@ -277,16 +277,16 @@ class Eagle3Checkpoint:
         if "lm_head.weight" not in tensors:
             tensors["lm_head.weight"] = target.head_weight_Vd.float()
 
-    def logits(self, given_Td: Tensor, tokens_T: Tensor) -> tuple[Tensor, Tensor]:
-        """(draft logits `[T, D]`, what is fed back `[T, d]`) of features g and the tokens after."""
+    def step(self, given_Td: Tensor, tokens_T: Tensor) -> tuple[Tensor, Tensor]:
+        """(draft logits `[D]`, what is fed back `[d]`) at the last of these rows."""
         embedded_Td = self.target.embed(tokens_T).float()
         normed_Td = self.layer.norm(f"{self.name}.hidden_norm.weight", given_Td)
         e_Td = self.layer.norm(f"{self.name}.input_layernorm.weight", embedded_Td)
         residual_Td = normed_Td if self.config.get("norm_before_residual") else given_Td
-        out_Td = self.layer(torch.cat([e_Td, normed_Td], dim=-1), residual_Td)
-        states_Td = self.layer.norm("norm.weight", out_Td)
-        logits_TD = states_Td @ self.tensors["lm_head.weight"].T
-        return logits_TD, states_Td if self.config.get("norm_output") else out_Td
+        out_d = self.layer(torch.cat([e_Td, normed_Td], dim=-1), residual_Td, last=1)[0]
+        state_d = self.layer.norm("norm.weight", out_d)
+        logits_D = self.tensors["lm_head.weight"] @ state_d
+        return logits_D, state_d if self.config.get("norm_output") else out_d
 
     def combined(self, features: Features) -> Tensor:
         """g = C [h^low; h^mid; h^high], `[T, d]`."""
@@ -303,11 +303,11 @@ class Eagle3Checkpoint:
         given_Td, tokens_T = self.combined(features), tokens_1T[0, 1:]
         drafted: list[int] = []
         for _ in range(UNLIMITED):
-            logits_TD, back_Td = self.logits(given_Td, tokens_T)
-            token = int(logits_TD[-1].argmax())
+            logits_D, back_d = self.step(given_Td, tokens_T)
+            token = int(logits_D.argmax())
             if "d2t" in self.tensors:
                 token += int(self.tensors["d2t"][token])
             drafted.append(token)
-            given_Td = torch.cat([given_Td, back_Td[-1:]])
+            given_Td = torch.cat([given_Td, back_d[None]])
             tokens_T = torch.cat([tokens_T, tokens_T.new_tensor([token])])
         return drafted

@@ -150,15 +150,40 @@ class KangarooCheckpoint:
         tensors = {n: t.to(target.device).float() for n, t in load_tensors(folder).items()}
         self.layer = CheckpointLayer(tensors, "layers.0", self.config)
 
+    def _early(self, tokens_1T: Tensor) -> Tensor:
+        """The target's stream after its first layers; the others are not run."""
+        layers = self.target._decoder_layers(self.target.model.get_decoder())
+        hook = layers[self.config["early_stop_layer"] - 1].register_forward_hook(_stop)
+        try:
+            self.target.model(input_ids=tokens_1T)
+        except _Enough as enough:
+            return enough.stream_1Td[0].float()
+        finally:
+            hook.remove()
+        raise AssertionError("the hook stops the forward")
+
     @torch.inference_mode()
     def draft(self, features: Features, tokens_1T: Tensor) -> list[int]:
         """y_t of all tokens, x_{T-1} too, predicts the next one."""
-        at = self.config["early_stop_layer"]
         drafted: list[int] = []
         for _ in range(UNLIMITED):
-            u_Td = self.target.forward(tokens_1T, layers=(at,)).layers[at][0].float()
+            u_Td = self._early(tokens_1T)
             normed_Td = self.layer.norm("layers.0.input_layernorm.weight", u_Td)
-            y_Td = self.layer.norm("norm.weight", u_Td + self.layer.attend(normed_Td))
-            drafted.append(int((self.target.head_weight_Vd.float() @ y_Td[-1]).argmax()))
+            sum_d = u_Td[-1] + self.layer.attend(normed_Td, last=1)[0]
+            y_d = self.layer.norm("norm.weight", sum_d)
+            drafted.append(int((self.target.head_weight_Vd.float() @ y_d).argmax()))
             tokens_1T = torch.cat([tokens_1T, tokens_1T.new_tensor([[drafted[-1]]])], dim=1)
         return drafted
+
+
+class _Enough(Exception):
+    """Carries the stream out of a forward that need not go on."""
+
+    def __init__(self, stream_1Td: Tensor) -> None:
+        super().__init__()
+        self.stream_1Td = stream_1Td
+
+
+def _stop(*seen: Any) -> None:
+    made = seen[-1]
+    raise _Enough(made[0] if isinstance(made, tuple) else made)

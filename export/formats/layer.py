@@ -1,7 +1,7 @@
 """One Llama decoder layer in a checkpoint: the fields that describe it, and a reader of its maths.
 
-Shape legend: T rows, H query heads, G key and value heads, c head size, e width of the layer's
-input, d hidden size.
+Shape legend: T rows, N of them the last, H query heads, G key and value heads, c head size, e width
+of the layer's input, d hidden size.
 """
 
 from typing import Any
@@ -134,32 +134,35 @@ class CheckpointLayer:
         base = f"{self.prefix}.{name}"
         return F.linear(x, self.tensors[f"{base}.weight"], self.tensors.get(f"{base}.bias"))
 
-    def attend(self, z_Te: Tensor) -> Tensor:
-        """o_proj(attention(z)) with rotary positions 0..T-1."""
+    def attend(self, z_Te: Tensor, last: int | None = None) -> Tensor:
+        """o_proj(attention(z)) with rotary positions 0..T-1, for all rows or the `last` ones."""
         T = z_Te.shape[0]
+        N = last or T
         cos, sin = self.rotary(z_Te[None], torch.arange(T, device=z_Te.device)[None])
 
-        def heads(name: str) -> Tensor:
-            return self._project(f"self_attn.{name}", z_Te).view(T, -1, self.c).transpose(0, 1)
+        def heads(name: str, rows: int) -> Tensor:
+            projected = self._project(f"self_attn.{name}", z_Te[T - rows :])
+            return projected.view(rows, -1, self.c).transpose(0, 1)
 
-        def rotate(x_HTc: Tensor) -> Tensor:
-            low, high = x_HTc.chunk(2, dim=-1)
-            return x_HTc * cos + torch.cat([-high, low], dim=-1) * sin
+        def rotate(x_HNc: Tensor) -> Tensor:
+            low, high = x_HNc.chunk(2, dim=-1)
+            at = slice(T - x_HNc.shape[1], T)
+            return x_HNc * cos[:, at] + torch.cat([-high, low], dim=-1) * sin[:, at]
 
-        q_HTc, k_GTc, v_GTc = rotate(heads("q_proj")), rotate(heads("k_proj")), heads("v_proj")
-        k_HTc = k_GTc.repeat_interleave(self.groups, 0)
-        v_HTc = v_GTc.repeat_interleave(self.groups, 0)
-        scores_HTT = q_HTc @ k_HTc.transpose(1, 2) * self.c**-0.5
-        later_TT = torch.ones(T, T, dtype=torch.bool, device=z_Te.device).triu(1)
-        mixed_HTc = scores_HTT.masked_fill(later_TT, -torch.inf).softmax(-1) @ v_HTc
-        return self._project("self_attn.o_proj", mixed_HTc.transpose(0, 1).reshape(T, -1))
+        q_HNc = rotate(heads("q_proj", N))
+        k_HTc = rotate(heads("k_proj", T)).repeat_interleave(self.groups, 0)
+        v_HTc = heads("v_proj", T).repeat_interleave(self.groups, 0)
+        scores_HNT = q_HNc @ k_HTc.transpose(1, 2) * self.c**-0.5
+        later_NT = torch.ones(T, T, dtype=torch.bool, device=z_Te.device).triu(1)[T - N :]
+        mixed_HNc = scores_HNT.masked_fill(later_NT, -torch.inf).softmax(-1) @ v_HTc
+        return self._project("self_attn.o_proj", mixed_HNc.transpose(0, 1).reshape(N, -1))
 
     def mlp(self, x_Td: Tensor) -> Tensor:
         """SwiGLU."""
         gate, up = self._project("mlp.gate_proj", x_Td), self._project("mlp.up_proj", x_Td)
         return self._project("mlp.down_proj", F.silu(gate) * up)
 
-    def __call__(self, z_Te: Tensor, residual_Td: Tensor) -> Tensor:
+    def __call__(self, z_Te: Tensor, residual_Td: Tensor, last: int | None = None) -> Tensor:
         """y = a + MLP(RMSNorm(a)) with a = r + Attention(z)."""
-        a_Td = residual_Td + self.attend(z_Te)
-        return a_Td + self.mlp(self.norm(f"{self.prefix}.post_attention_layernorm.weight", a_Td))
+        a_Nd = residual_Td[-(last or 0) :] + self.attend(z_Te, last)
+        return a_Nd + self.mlp(self.norm(f"{self.prefix}.post_attention_layernorm.weight", a_Nd))
