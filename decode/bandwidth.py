@@ -40,9 +40,10 @@ def count_reads(drafter: Drafter) -> Iterator[ByteCounter]:
     counts once, a layer that is unrolled seven times counts seven times, and a frozen head, which
     has no parameters, counts the rows of the target's matrix it multiplies with.
 
-    Layers of the target that a drafter runs itself (models/split.py) count each time it runs them.
-    A target forward stays whole beside it, because verification runs those layers as well, for the
-    leaves of the draft (every draft has some), and the others for all nodes.
+    An acceptance head counts where a rule asks it. Layers of the target that a drafter runs itself
+    (models/split.py) count each time it runs them. A target forward stays whole beside it, because
+    verification runs those layers as well, for the leaves of the draft (every draft has some), and
+    the others for all nodes.
     """
     counter = ByteCounter()
 
@@ -54,7 +55,9 @@ def count_reads(drafter: Drafter) -> Iterator[ByteCounter]:
         if isinstance(module, FirstLayers):
             counter.read += module.weight_bytes
 
-    hooks = [module.register_forward_pre_hook(add) for module in drafter.modules()]
+    head = drafter.acceptance
+    modules = [*drafter.modules(), *(head.modules() if head is not None else [])]
+    hooks = [module.register_forward_pre_hook(add) for module in modules]
     try:
         yield counter
     finally:

@@ -1,6 +1,7 @@
 """Our own format, ready for the Hugging Face Hub: config.json and model.safetensors.
 
-config.json holds the class and its constructor's arguments. Nothing of the target is stored: a
+config.json holds the class and its constructor's arguments, and describes an acceptance head where
+there is one (its weights are acceptance.safetensors). Nothing of the target is stored: a
 drafter is bound to it when loaded.
 """
 
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from decode.tree.chain import Chain
 from export.base import UNLIMITED, Exporter, Reader
-from export.tensors import tensor_problems, vocabulary_problems
+from export.tensors import shape_problems, tensor_problems, vocabulary_problems
+from models.acceptance import KEY, WEIGHTS, AcceptanceHead
 from models.drafter.base import Drafter
 from models.drafter.load import drafter_class, load_drafter
 from models.target import Features, Target
@@ -68,12 +70,28 @@ def problems(folder: Path) -> list[str]:
         empty = family(**arguments)
     expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     file = folder / "model.safetensors"
-    found = tensor_problems(folder, expected)
+    found = tensor_problems(folder, expected) + _head_problems(folder)
     if found or "draft_ids_D" not in expected:
         return found
     with safe_open(file, framework="pt") as reader:
         ids = reader.get_tensor("draft_ids_D").tolist()
     return vocabulary_problems(ids, arguments["vocab_size"])
+
+
+def _head_problems(folder: Path) -> list[str]:
+    """What is wrong with the acceptance head that config.json describes, if it does."""
+    described = json.loads((folder / "config.json").read_text()).get(KEY)
+    if described is None:
+        return []
+    with torch.device("meta"):
+        empty = AcceptanceHead(**described)
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    file = folder / WEIGHTS
+    if not file.is_file():
+        return [f"{WEIGHTS} is missing, which config.json describes"]
+    with safe_open(file, framework="pt") as reader:
+        found = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
+    return [f"{WEIGHTS}: {problem}" for problem in shape_problems(found, shapes)]
 
 
 def is_mine(folder: Path) -> bool:

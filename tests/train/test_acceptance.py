@@ -6,12 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from decode.bandwidth import count_reads
 from decode.stop.base import SeenLive
+from decode.stop.specdec_pp import SpecDecPp
 from decode.tree.chain import Chain
+from export.check import check_export
+from export.hf import HfExporter
 from models.acceptance import AcceptanceHead, numbers_of
 from models.drafter.base import Children, Drafter, Frontier
+from models.drafter.load import load_drafter
 from models.run import open_run
 from models.target import Target
 from tests.train.conftest import Recipe
@@ -171,6 +177,32 @@ def test_a_run_carries_its_head(small_lm: Path, recipe: Recipe, tmp_path: Path) 
     before, after = open_run(small_lm).load_drafter(target), run.load_drafter(target)
     for name, tensor in before.state_dict().items():
         assert torch.equal(tensor, after.state_dict()[name]), name
+    # An export in our own format has it, and is checked with it.
+    drafter = run.load_drafter(target)
+    out = tmp_path / "hf"
+    HfExporter().write(drafter, out)
+    assert check_export(out) == "hf"
+    exported = load_drafter(out, target).acceptance
+    assert exported is not None
+    assert exported.config == config
+    file = out / "acceptance.safetensors"
+    weights = load_file(file)
+    save_file({name: weights[name] for name in list(weights)[1:]}, file)
+    with pytest.raises(ValueError, match=r"acceptance\.safetensors"):
+        check_export(out)
+    # Its weights are read once for every token that is judged.
+    state = drafter.start(target.forward(torch.tensor([[5, 9]])), torch.tensor([[5, 9, 17]]))
+    read = {}
+    for name, stop in (
+        ("none", None),
+        ("head", SpecDecPp(threshold=0.99, acceptance=drafter.acceptance)),
+    ):
+        with count_reads(drafter) as counter:
+            drafter.propose(state, torch.tensor([17]), Chain(gamma=4, stop=stop))
+        read[name] = counter.read
+    # Behind the first of four drafts there is nothing to judge.
+    judged = sum(p.numel() * p.element_size() for p in head.parameters())
+    assert read["head"] - read["none"] == 3 * judged
     # The head did learn.
     torch.manual_seed(0)
     assert float(head.blocks[0].linear.weight.detach().abs().sum()) > 0  # type: ignore[union-attr, operator]
