@@ -12,6 +12,7 @@ from export.formats.hydra import HydraFormat
 from export.formats.kangaroo import KangarooFormat
 from export.formats.medusa import MedusaFormat
 from export.formats.medusa_heads import OriginalMedusa, TgiMedusa
+from export.formats.mlp_speculator import MlpSpeculatorFormat
 from export.formats.speculators_eagle3 import SpeculatorsFormat
 
 FORMATS = (
@@ -19,6 +20,7 @@ FORMATS = (
     SpeculatorsFormat(),
     dflash,
     MedusaFormat(),
+    MlpSpeculatorFormat(),
     TgiMedusa(),
     OriginalMedusa(),
     HydraFormat(),

@@ -1,4 +1,4 @@
-"""The original repositories of Medusa, Hydra, Kangaroo, EAGLE and EAGLE-3, one exporter for all.
+"""The original repositories of Medusa, Hydra, Kangaroo, EAGLE, EAGLE-3 and the MLP speculator.
 
 Where their loaders know torch files only, one is written (plain tensors, which load with
 weights_only); EAGLE's know safetensors.
@@ -10,6 +10,7 @@ from export.formats.eagle3 import Eagle3Format
 from export.formats.hydra import HydraFormat
 from export.formats.kangaroo import KangarooFormat
 from export.formats.medusa_heads import OriginalMedusa
+from export.formats.mlp_speculator import MlpSpeculatorFormat
 from models.drafter.base import Drafter
 from models.drafter.eagle3 import Eagle3
 
@@ -18,6 +19,7 @@ REPOSITORIES = {
     "hydra": ("Hydra", "zankner/Hydra"),
     "kangaroo": ("Kangaroo", "Equationliu/Kangaroo"),
     "eagle (SGLang)": ("EAGLE", "SafeAILab/EAGLE"),
+    "mlp_speculator": ("the MLP speculator", "foundation-model-stack/fms-extras"),
     "eagle3": ("EAGLE-3", "SafeAILab/EAGLE"),
 }
 
@@ -27,8 +29,15 @@ class OriginalExporter(FormatExporter):
 
     name = "original"
     engine = "The published code"
-    forms = (OriginalMedusa(), HydraFormat(), KangarooFormat(), SglangEagle(), Eagle3Format())
-    cannot = "there is a format for Medusa, Hydra, Kangaroo, EAGLE and EAGLE-3"
+    forms = (
+        OriginalMedusa(),
+        HydraFormat(),
+        KangarooFormat(),
+        SglangEagle(),
+        Eagle3Format(),
+        MlpSpeculatorFormat(),
+    )
+    cannot = "there is a format for Medusa, Hydra, Kangaroo, EAGLE, EAGLE-3 and the MLP speculator"
 
     def refuse(self, drafter: Drafter) -> None:
         super().refuse(drafter)

@@ -135,10 +135,11 @@ def num_layers(drafter: Medusa) -> int:
 
 def wide_rows(drafter: Drafter, depth: int) -> Tensor:
     """U of a depth over the whole vocabulary, rows outside the draft vocabulary never winning."""
-    return _widen(head_rows(drafter, depth), drafter.draft_ids_D, drafter.vocab_size)
+    return widen_by_mean(head_rows(drafter, depth), drafter.draft_ids_D, drafter.vocab_size)
 
 
-def _widen(weight_Dd: Tensor, ids_D: Tensor | None, vocab_size: int) -> Tensor:
+def widen_by_mean(weight_Dd: Tensor, ids_D: Tensor | None, vocab_size: int) -> Tensor:
+    """Rows of a draft vocabulary in their places, the mean of them everywhere else."""
     if ids_D is None:
         return weight_Dd
     wide_Vd = weight_Dd.float().mean(0).to(weight_Dd.dtype).repeat(vocab_size, 1)

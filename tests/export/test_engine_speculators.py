@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import export.engine
 from export.engine.process import call_driver
 from export.engine.speculators import Speculators
 from export.speculators import SpeculatorsExporter
@@ -15,6 +16,7 @@ from models.target import Target
 from tests.export.formats.drafters import eagle3, texts
 
 LIBRARY = Speculators()
+DRIVER = Path(export.engine.__file__).parent / "drivers" / "speculators_driver.py"
 
 pytestmark = [
     pytest.mark.engine,
@@ -31,9 +33,9 @@ def test_logits_are_ours(
     target: Target, target_dir: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     drafter = eagle3(target, **settings)
-    export = tmp_path / "export"
-    export.mkdir()
-    SpeculatorsExporter(verifier=str(target_dir)).write(drafter, export)
+    folder = tmp_path / "export"
+    folder.mkdir()
+    SpeculatorsExporter(verifier=str(target_dir)).write(drafter, folder)
     tokens_T = texts(target)[1]
     features = target.forward(tokens_T[None], layers=drafter.feature_layers)
     joined = torch.cat([features.layers[k][0, :-1] for k in (1, 2, 3)], dim=-1)
@@ -41,8 +43,8 @@ def test_logits_are_ours(
     save_file({"features_Te": joined.contiguous(), "tokens_T": tokens_T[1:].contiguous()}, seen)
     answer = call_driver(
         LIBRARY.python,
-        "speculators_driver",
-        {"draft": str(export), "seen": str(seen), "logits": str(logits)},
+        DRIVER,
+        {"draft": str(folder), "seen": str(seen), "logits": str(logits)},
         environment={"HF_HUB_OFFLINE": "1"},
         timeout_s=300.0,
     )

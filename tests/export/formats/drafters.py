@@ -17,10 +17,12 @@ from models.drafter.hass import Hass
 from models.drafter.hydra_heads import HydraHeads
 from models.drafter.kangaroo import Kangaroo
 from models.drafter.medusa import Medusa
+from models.drafter.mlp_speculator import MlpSpeculator
 from models.target import Target
 
 OWN = {"_target_": "models.head.own.OwnHead"}
 FROZEN = {"_target_": "models.head.frozen.FrozenHead"}
+TIED = {"_target_": "models.head.tied.TiedHead"}
 LOW_RANK = {"_target_": "models.head.low_rank.LowRankHead", "rank": 8}
 
 
@@ -96,6 +98,13 @@ def medusa(target: Target, *, head: Any = OWN, **more: Any) -> Any:
         num_heads=3,
         head=head,
         **more,
+    )
+    return random_weights(drafter, target)
+
+
+def mlp_speculator(target: Target, *, head: Any = OWN, **more: Any) -> Any:
+    drafter = MlpSpeculator(
+        hidden_size=target.hidden_size, vocab_size=target.vocab_size, head=head, **more
     )
     return random_weights(drafter, target)
 

@@ -31,6 +31,7 @@ from tests.export.formats.drafters import (
     hydra,
     kangaroo,
     medusa,
+    mlp_speculator,
     texts,
 )
 
@@ -51,6 +52,12 @@ ROUND_TRIPS: list[Any] = [
         OriginalExporter(),
         lambda t: hydra(t, prefix_layer=True, num_layers=2, head={**OWN, "bias": True}),
         id="hydra",
+    ),
+    pytest.param(OriginalExporter(), mlp_speculator, id="mlp-speculator"),
+    pytest.param(
+        TgiExporter(),
+        lambda t: mlp_speculator(t, tie_weights=False, inner_dim=48, scale_input=False),
+        id="mlp-speculator-own",
     ),
     pytest.param(OriginalExporter(), lambda t: hydra(t, head={**OWN, "bias": True}), id="mlp"),
     pytest.param(OriginalExporter(), lambda t: kangaroo(t, shallow_layers=1), id="kangaroo"),

@@ -17,11 +17,13 @@ from tests.export.formats.drafters import (
     FROZEN,
     LOW_RANK,
     OWN,
+    TIED,
     eagle,
     eagle3,
     hydra,
     kangaroo,
     medusa,
+    mlp_speculator,
     proven,
 )
 
@@ -60,6 +62,29 @@ def test_drafts_are_the_same(
 def test_hydras_variants(target: Target, tmp_path: Path, settings: dict[str, Any]) -> None:
     drafter = hydra(target, **settings)
     assert proven(OriginalExporter(), drafter, target, tmp_path).tokens == CHAINS * 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="tied-weights"),
+        pytest.param({"tie_weights": False, "inner_dim": 48, "n_predict": 4}, id="of-its-own"),
+        pytest.param({"head": TIED, "draft_vocab_size": 40}, id="tied-head"),
+        pytest.param({"head": FROZEN, "draft_vocab_size": 40}, id="frozen-head"),
+    ],
+)
+def test_mlp_speculators(target: Target, tmp_path: Path, settings: dict[str, Any]) -> None:
+    drafter = mlp_speculator(target, **settings)
+    steps = settings.get("n_predict", 3)
+    assert proven(OriginalExporter(), drafter, target, tmp_path).tokens == CHAINS * steps
+    assert check_export(tmp_path) == "mlp_speculator"
+
+
+def test_tgi_does_not_scale_the_input(target: Target, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="scale_input=true"):
+        TgiExporter().refuse(mlp_speculator(target))
+    drafter = mlp_speculator(target, scale_input=False)
+    assert proven(TgiExporter(), drafter, target, tmp_path).tokens == CHAINS * 3
 
 
 def test_medusas_blocks_for_tgi(target: Target, tmp_path: Path) -> None:
