@@ -68,7 +68,7 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _unpickled(file: Path) -> dict[str, Any]:
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _more_than_tensors(file, str(error).splitlines()[0]) from error
     return loaded if isinstance(loaded, dict) else {"what is in it": loaded}

@@ -1,6 +1,6 @@
 """A published checkpoint as a run folder of ours: to measure, to fine-tune, to export anew.
 
-python -m scripts.import_drafter checkpoint=<folder> target.name=<its target>
+python -m scripts.import_drafter checkpoint=<folder or Hub id> target.name=<its target>
 python -m decode run=runs/imported/<folder> bench=mt_bench
 python -m train +experiment=eagle3 start=runs/imported/<folder>
 python -m export run=runs/imported/<folder> exporter=vllm
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from huggingface_hub import snapshot_download
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -37,6 +38,7 @@ from models.drafter.base import Drafter
 from models.target import Target
 from train.record import facts, write_config, write_json
 
+FILES = ["*.json", "*.safetensors", "*.bin", "*.pt", "*.jinja"]
 SENTENCES = (
     "The capital of France is Paris, and the largest city on its southern coast is Marseille.",
     "def add(a, b):\n    return a + b\n\n\nprint(add(1, 2))\n",
@@ -47,9 +49,9 @@ SENTENCES = (
 def import_drafter(cfg: DictConfig) -> Path:
     """Read, prove and write one drafter; the run folder is complete when it appears."""
     check(cfg)
-    checkpoint = Path(cfg.checkpoint)
+    checkpoint = fetch(cfg.checkpoint)
     form = find_format(checkpoint)
-    out = Path(cfg.out) if cfg.out else Path("runs") / "imported" / checkpoint.resolve().name
+    out = Path(cfg.out) if cfg.out else Path("runs") / "imported" / Path(cfg.checkpoint).name
     if out.exists():
         raise ValueError(f"'{out}' exists already, and nothing is overwritten; give another out=.")
     node = cfg.target.copy()
@@ -60,6 +62,15 @@ def import_drafter(cfg: DictConfig) -> Path:
     proof = prove(form, checkpoint, drafter.float(), target, texts(cfg, target))
     say(f"{format_name(form)}, {type(drafter).__name__}: {proof}.")
     return write_run(cfg, out, drafter.to(stored), target, form)
+
+
+def fetch(checkpoint: str) -> Path:
+    """The folder itself, or that of a Hub id (owner/name): configuration and weights, no code."""
+    folder = Path(checkpoint).expanduser()
+    if folder.exists() or checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~")):
+        return folder
+    say(f"{checkpoint} is no folder here: fetching it from the Hub.")
+    return Path(snapshot_download(checkpoint, allow_patterns=FILES))
 
 
 def find_format(checkpoint: Path) -> Format:

@@ -206,8 +206,8 @@ def _flag_problems(config: dict[str, Any]) -> list[str]:
     ]
     if "norm_before_residual" not in config:
         found.append(
-            "config.json has no 'norm_before_residual': engines disagree on what that means, and "
-            "a wrong guess accepts nothing"
+            "config.json has no 'norm_before_residual': a reader that guesses it wrong accepts "
+            "nothing and says nothing"
         )
     return found
 

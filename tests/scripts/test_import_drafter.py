@@ -12,7 +12,7 @@ from decode.__main__ import decode
 from export.vllm import VllmExporter
 from models.run import open_run
 from models.target import Target
-from scripts.import_drafter import import_drafter, train_command
+from scripts.import_drafter import fetch, import_drafter, train_command
 from tests.export.formats.drafters import eagle3
 from train.run import make_drafter, start_from
 
@@ -81,3 +81,22 @@ def test_nothing_is_overwritten(checkpoint: Path, target_dir: Path, tmp_path: Pa
             f"out={tmp_path}",
             f"target.name={target_dir}",
         )
+
+
+def test_a_hub_id_is_fetched_and_a_folder_is_not(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(checkpoint)
+
+    monkeypatch.setattr("scripts.import_drafter.snapshot_download", download)
+    assert fetch(str(checkpoint)) == checkpoint
+    assert fetch("./nowhere/here") == Path("nowhere/here")
+    assert asked == []
+    assert fetch("owner/drafter") == checkpoint
+    name, patterns = asked[0]
+    assert name == "owner/drafter"
+    assert not any(p.endswith(".py") for p in patterns)

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from export.base import Exporter
 from export.check import check_export
 from export.formats.base import read_config
 from export.original import OriginalExporter
 from export.tensorrt_llm import TensorrtLlmExporter
+from export.tensors import load_tensors
 from export.tgi import TgiExporter
 from models.target import Target
 from tests.export.formats.drafters import (
@@ -146,3 +148,32 @@ def test_hydras_prefix_layer_has_the_targets_epsilon(target: Target) -> None:
     drafter.prefix.norm.variance_epsilon = 1e-3
     with pytest.raises(ValueError, match=r"epsilon 0\.001"):
         OriginalExporter().refuse(drafter)
+
+
+@pytest.mark.parametrize(
+    ("exporter", "make", "file", "gone"),
+    [
+        (OriginalExporter(), medusa, "medusa_lm_head.pt", "1.0.linear.bias"),
+        (TgiExporter(), medusa, "medusa_lm_head.safetensors", "2.1.weight"),
+        (OriginalExporter(), hydra, "hydra_lm_head.pt", "hydra_mlp.1.0.res_connection.weight"),
+        (OriginalExporter(), kangaroo, "pytorch_model.bin", "norm.weight"),
+        (OriginalExporter(), mlp_speculator, "model.safetensors", "speculator.proj.1.weight"),
+    ],
+    ids=["medusa", "medusa-tgi", "hydra", "kangaroo", "mlp"],
+)
+def test_the_validator_misses_nothing(
+    target: Target, tmp_path: Path, exporter: Exporter, make: Any, file: str, gone: str
+) -> None:
+    exporter.write(make(target), tmp_path)
+    tensors = load_tensors(tmp_path)
+    lost = tensors.pop(gone)
+    assert lost.numel() > 0
+    tensors["stray"] = torch.zeros(3)
+    if file.endswith(".safetensors"):
+        save_file(tensors, str(tmp_path / file))
+    else:
+        torch.save(tensors, tmp_path / file)
+    with pytest.raises(ValueError, match="would not serve") as error:
+        check_export(tmp_path)
+    assert f"'{gone}' is missing" in str(error.value)
+    assert "'stray' [3]" in str(error.value)
