@@ -2,13 +2,15 @@
 #   make quickstart   environment, a drafter for a small real model, its numbers, an export
 #   make test         environment and the whole test suite (PYTEST_ARGS adds options)
 #   make check        lint, format, types, import contract
-#   make bench        speed and memory of the chunked loss
+#   make bench        speed and memory of the chunked loss and of an EAGLE-3 training step
+#                     (PEER=<python with speculators 0.9> measures that library beside them)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+PEER ?=
 
 .PHONY: install quickstart test check bench
 
@@ -37,4 +39,5 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(STAMP)
-	$(BIN)/python -m scripts.bench_loss
+	$(BIN)/python -m scripts.bench_loss $(if $(PEER),--peer $(PEER))
+	$(BIN)/python -m scripts.bench_unroll --steps 3 7 --positions 512 1024 2048 $(if $(PEER),--peer $(PEER))

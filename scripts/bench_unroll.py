@@ -3,6 +3,7 @@
 python -m scripts.bench_unroll                                   steps 1..7, T 512..4096
 python -m scripts.bench_unroll --steps 3 7 --positions 512 1024 2048
 python -m scripts.bench_unroll --device cuda --plot docs/images/unroll.png
+python -m scripts.bench_unroll --peer <python with speculators 0.9>     its step beside ours
 
 A step is what a run does with given features: the drafter unrolled under bf16 autocast, the chunked
 loss, the backward pass, clipping and AdamW on fp32 weights. One sequence of T positions, all of
@@ -23,6 +24,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -113,7 +115,7 @@ def prepare(case: Case) -> Callable[[], list[Tensor]]:
                 loss=ForwardKL(),
                 projection=teacher,
                 depth_decay=0.8,
-                chunk_rows=rows_per_chunk(case.draft_vocab, case.steps),
+                chunk_rows=rows_per_chunk(case.draft_vocab, case.steps, case.device),
             )
         (sums.total / T).backward()
         nn.utils.clip_grad_norm_(weights, 0.5)
@@ -157,6 +159,15 @@ def in_new_process(case: Case) -> dict[str, Any]:
         return asdict(case) | pool.apply(measure, (case,))
 
 
+def by_peer(python: Path, case: Case) -> dict[str, Any]:
+    """The same case by the speculators library, in its own environment."""
+    command = [str(python), "-m", "scripts.bench_unroll_peer", json.dumps(asdict(case))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"--peer={python} did not measure:\n{done.stderr.strip()[-2000:]}")
+    return asdict(case) | json.loads(done.stdout.splitlines()[-1])
+
+
 def plot(results: list[dict[str, Any]], file: Path) -> None:
     """Memory and speed over the steps, one line a sequence length."""
     figure = Figure(figsize=(11.5, 4.4), facecolor="white", layout="constrained")
@@ -186,9 +197,10 @@ def _lines(axes: Axes, results: list[dict[str, Any]], value: str, scale: float) 
 
 
 def _table(results: list[dict[str, Any]]) -> Table:
-    table = Table("steps", "T", "tokens/s", "s", "MB beyond", "MB process")
+    table = Table("way", "steps", "T", "tokens/s", "s", "MB beyond", "MB process")
     for r in results:
         table.add_row(
+            r["way"],
             str(r["steps"]),
             f"{r['positions']:,}",
             f"{r['tokens_per_second']:,.0f}",
@@ -208,6 +220,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=["bf16-mixed", "float32"], default="bf16-mixed")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peer", type=Path, help="python of an environment with speculators")
     parser.add_argument("--plot", type=Path, help="draw both as a PNG")
     parser.add_argument("--out", type=Path, default=Path("bench_unroll.json"))
     return parser
@@ -216,6 +229,8 @@ def _arguments() -> argparse.ArgumentParser:
 def main() -> None:
     """Measure every combination, print a table, write JSON and the plot."""
     args = _arguments().parse_args()
+    if args.peer is not None and (args.device, args.precision) != ("cpu", "bf16-mixed"):
+        raise SystemExit("--peer runs on a CPU in bf16-mixed; leave --device and --precision.")
     results = []
     for T, steps in itertools.product(args.positions, args.steps):
         case = Case(
@@ -227,7 +242,9 @@ def main() -> None:
             repeats=args.repeats,
         )
         say(f"measuring {steps} steps, T = {T:,} ...")
-        results.append(in_new_process(case))
+        results.append({"way": "ours"} | in_new_process(case))
+        if args.peer is not None:
+            results.append({"way": "speculators"} | by_peer(args.peer, case))
     console.print(_table(results))
     about = {"torch": torch.__version__, "machine": platform.machine(), "cores": os.cpu_count()}
     about["threads"] = torch.get_num_threads()
@@ -236,7 +253,7 @@ def main() -> None:
     temporary.replace(args.out)
     say(f"Written: {args.out}")
     if args.plot is not None:
-        plot(results, args.plot)
+        plot([r for r in results if r["way"] == "ours"], args.plot)
         say(f"Written: {args.plot}")
 
 
