@@ -60,7 +60,10 @@ def import_drafter(cfg: DictConfig) -> Path:
     drafter = form.load(checkpoint, target)
     stored = drafter.dtype
     proof = prove(form, checkpoint, drafter.float(), target, texts(cfg, target))
-    say(f"{format_name(form)}, {type(drafter).__name__}: {proof}.")
+    say(
+        f"{type(drafter).__name__} from the '{format_name(form)}' format: {proof.tokens} tokens in "
+        f"{proof.chains} greedy chains over {proof.texts} texts, all as the checkpoint drafts them."
+    )
     return write_run(cfg, out, drafter.to(stored), target, form)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from models.drafter.base import Drafter
 from models.feature_drafter import FeatureDrafter, FeatureLayer
 from models.scales import logit_spread, typical_sizes
 from models.target import Features, Target
@@ -103,6 +104,18 @@ class Eagle3(FeatureDrafter):
             parts = self.fc.weight.detach().split(self.hidden_size, dim=1)
             for layer, part_dd in zip(self.feature_layers, parts, strict=True):
                 part_dd /= sizes.layers[layer]
+
+    def start_from(self, earlier: Drafter) -> None:
+        """Weights mean something else under other norms, which their shapes do not show."""
+        for name in ("norm_output", "norm_before_residual"):
+            then, now = getattr(earlier, name), getattr(self, name)
+            if then != now:
+                raise ValueError(
+                    f"The drafter that training begins with has {name}={str(then).lower()} and "
+                    f"this run drafter.{name}={str(now).lower()}, under which its weights mean "
+                    f"something else; give drafter.{name}={str(then).lower()}."
+                )
+        super().start_from(earlier)
 
     def read(self, features: Features) -> Tensor:
         return self.fc(torch.cat([features.layers[k] for k in self.feature_layers], dim=-1))

@@ -5,6 +5,7 @@ Shape legend: T positions, H heads, c head size, d hidden size.
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -136,3 +137,23 @@ def test_the_start_is_the_targets_head_and_norm(target: Target) -> None:
     states = torch.randn(3, target.hidden_size)
     logits = F.linear(states, target.head_weight_Vd[ids_D])
     torch.testing.assert_close(drafter.head(0)(states), logits)
+
+
+def test_training_does_not_begin_under_other_norms(target: Target) -> None:
+    earlier, later = _eagle3(target, norm_before_residual=True), _eagle3(target)
+    with pytest.raises(ValueError, match=r"give drafter\.norm_before_residual=true"):
+        later.start_from(earlier)
+    again = _eagle3(target, norm_before_residual=True)
+    with torch.no_grad():
+        again.fc.weight.zero_()
+    again.start_from(earlier)
+    assert torch.equal(again.fc.weight, earlier.fc.weight)
+
+
+def test_the_normed_feature_is_the_residual(target: Target) -> None:
+    plain, normed = _eagle3(target), _eagle3(target, norm_before_residual=True)
+    e, g = torch.randn(2, 5, target.hidden_size, generator=torch.Generator().manual_seed(0))
+    z, residual = normed.mix(e, g)
+    assert torch.equal(residual, normed.hidden_norm(g))
+    assert torch.equal(z, plain.mix(e, g)[0])
+    assert torch.equal(plain.mix(e, g)[1], g)
