@@ -29,7 +29,7 @@ from decode.stop.heuristic import Heuristic
 from decode.stop.spec_kv import SpecKv
 from decode.stop.specdec_pp import SpecDecPp
 from decode.stop.svip import Svip
-from decode.trace import Trace, trace
+from decode.trace import Trace, kept_trace, trace
 from decode.tree.chain import Chain
 from decode.verifier.sampling import Sampling
 from models.acceptance import AcceptanceHead
@@ -143,31 +143,31 @@ def tune(
     longest = min(plan.gamma, drafter.max_depth or plan.gamma)
     head, T = drafter.acceptance, recording.temperature
     limit = recording.max_new_tokens
-    made = trace(
-        target,
-        drafter,
-        recording.answers,
+    settings: dict[str, Any] = {
         # A head that reads candidates says of the last draft what it knows one row later.
-        gamma=min(longest + (head.lag if head else 0), drafter.max_depth or LONGEST + 1),
-        temperature=T,
-        max_new_tokens=limit,
-        seed=seed,
-        on_answer=on_answer,
-    )
+        "gamma": min(longest + (head.lag if head else 0), drafter.max_depth or LONGEST + 1),
+        "temperature": T,
+        "max_new_tokens": limit,
+        "seed": seed,
+    }
+    answers = recording.answers
+    made = kept_trace(target, drafter, answers, run_dir=run_dir, on_answer=on_answer, **settings)
+    # Looking is timed now, beside everything else that is.
+    made.signal_ms = trace(target, drafter, answers[:1], stride=6, **settings).signal_ms
     prompts = [answer.prompt for answer in recording.answers]
     shared: dict[str, Any] = {"target": target, "drafter": drafter, "temperature": T, "seed": seed}
     cost = time_rounds(
         prompts=prompts[: plan.timed_prompts], longest=longest, max_new_tokens=limit, **shared
     )
     learn_lengths(made, cost, longest, run_dir)
-    settings = list(candidates(longest, head, run_dir))
-    played = {s.words: play(made, s.make(), gamma=s.gamma, cost=cost) for s in settings}
+    tried = list(candidates(longest, head, run_dir))
+    played = {s.words: play(made, s.make(), gamma=s.gamma, cost=cost) for s in tried}
     fixed = max(
-        (s for s in settings if s.rule == FIXED), key=lambda s: tokens_per_s(played[s.words]).value
+        (s for s in tried if s.rule == FIXED), key=lambda s: tokens_per_s(played[s.words]).value
     )
-    predicted = [_predicted(s, played[s.words], played[fixed.words]) for s in settings]
+    predicted = [_predicted(s, played[s.words], played[fixed.words]) for s in tried]
     best = best_of_each(predicted)
-    by_words = {s.words: s for s in settings}
+    by_words = {s.words: s for s in tried}
     confirmed: list[Confirmed] = []
     if plan.confirm_prompts:
         chosen = prompts[: plan.confirm_prompts]
@@ -186,7 +186,7 @@ def tune(
         settings=predicted,
         best=best,
         confirmed=confirmed,
-        sweep=[_sweep(made, settings, cost, c) for c in RATIOS],
+        sweep=[_sweep(made, tried, cost, c) for c in RATIOS],
         calibration=None
         if head is None
         else measured(head, Judgements.of(made), 0, len(made.walked)),

@@ -183,9 +183,17 @@ def test_a_tuning_predicts_and_confirms(
         said, real = one["predicted"], one["measured"]["value"]
         assert one["difference"] == pytest.approx(real / said - 1)
     assert len(made["confirmed"]) == len(made["best"])
+    (kept,) = (run / "tune").glob("trace-*.safetensors")
     shown = capsys.readouterr().err
     assert f"Best here: {made['best'][0]['words']}" in shown
     assert "of what was predicted" in shown
+    # A second tuning reads the same trace.
+    written = kept.stat().st_mtime_ns
+    plan[2] = "tuning.confirm_prompts=0"
+    assert decode(composed(*common, "tune=true", *plan)) == 0
+    again = json.loads((run / "tune" / "heldout-T0-2" / "results.json").read_text())
+    assert [s["tau"] for s in again["settings"]] == [s["tau"] for s in made["settings"]]
+    assert kept.stat().st_mtime_ns == written
     # Predicted tokens per step are the decoder's own, and the learned rule now decodes.
     assert decode(composed(f"run={run}", "max_new_tokens=10", "limit=3", "tree.gamma=2")) == 0
     real = json.loads((run / "decode" / "heldout-chain2-T0" / "results.json").read_text())
