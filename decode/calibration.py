@@ -12,7 +12,9 @@ Expected calibration error: chances in BINS bins of equal width,
 
     ECE = sum over bins of (share of all rows) |mean chance - share that came true|
 
-of tokens (those put to the test, one by one) and of survival (whole drafts, at every depth).
+of tokens (those put to the test, one by one) and of survival (whole drafts, at every depth). A
+token's truth is the chance it really had, min(1, p/q), instead of the coin that was thrown with it:
+the same in the mean, with less noise, of which an error made of absolute values has too much.
 
 Shape legend: I positions, K depths, M chances.
 """
@@ -32,7 +34,7 @@ from decode.trace import SIGNALS, Trace
 from models.acceptance import AcceptanceHead
 
 BINS = 10
-JUDGED = SIGNALS.index("judged")
+JUDGED, TRUTH = SIGNALS.index("judged"), SIGNALS.index("truth")
 TINY = 1e-7
 
 
@@ -40,11 +42,13 @@ TINY = 1e-7
 class Judgements:
     """What a head said of drafts, and what became of them.
 
-    `logits_IK` belongs to the draft at depth k (0-based) of the round at position i.
-    `tested_I` and `accepted_I` as in decode/trace.py.
+    `logits_IK` belongs to the draft at depth k (0-based) of the round at position i, and so does
+    `truth_IK`, the chance it had (where it was tested). `tested_I` and `accepted_I` are those of
+    decode/trace.py.
     """
 
     logits_IK: np.ndarray
+    truth_IK: np.ndarray
     tested_I: np.ndarray
     accepted_I: np.ndarray
 
@@ -57,6 +61,7 @@ class Judgements:
         signals_IKS = np.concatenate([w.signals_IKS for w in walked])
         return Judgements(
             signals_IKS[:, trace.lag :, JUDGED],
+            signals_IKS[:, : signals_IKS.shape[1] - trace.lag, TRUTH],
             np.concatenate([w.tested_I for w in walked]),
             np.concatenate([w.accepted_I for w in walked]),
         )
@@ -107,8 +112,7 @@ def token_reliability(j: Judgements, scale: Sequence[float]) -> Reliability:
     """Of drafts that were put to the test."""
     depth_K = np.arange(j.depths)
     tested_IK = depth_K < j.tested_I[:, None]
-    passed_IK = depth_K < j.accepted_I[:, None]
-    return reliability(j.chances(scale)[tested_IK], passed_IK[tested_IK])
+    return reliability(j.chances(scale)[tested_IK], j.truth_IK[tested_IK])
 
 
 def survival_reliability(j: Judgements, scale: Sequence[float]) -> Reliability:

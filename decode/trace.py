@@ -42,9 +42,10 @@ from models.drafter.base import Children, Drafter, Frontier, Policy
 from models.sampling import probabilities
 from models.target import Target
 
-SIGNALS = ("best", "drawn", "entropy", "judged")
-"""Of each drafted token: max q, q of the token and H(q) at temperature 1, and the acceptance head's
-logit before any T_k (0 without a head)."""
+SIGNALS = ("best", "drawn", "entropy", "judged", "truth")
+"""Of each drafted token: max q, q of the token and H(q) at temperature 1; the acceptance head's
+logit before any T_k (0 without a head); and, where it was put to the test, the chance it really
+had, min(1, p/q) of the token (greedy: whether it passed)."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Shadow(Policy):
         self.coming, self.p, self.chance, self.clock = coming, p, chance, clock
         self.signals: list[tuple[float, ...]] = []
         self.accepted = self.tested = 0
+        self.truth = 0.0
         self.on_text = True
         self._states_Nd = torch.empty(1, 0)
 
@@ -112,7 +114,7 @@ class Shadow(Policy):
         if depth >= self.gamma:
             return None
         drafted = self._draft(depth, logits_ND, drafter)
-        self.signals.append(self._numbers(depth, logits_ND, drafted, drafter))
+        self.signals.append((*self._numbers(depth, logits_ND, drafted, drafter), self.truth))
         one = torch.ones(1, device=logits_ND.device)
         expand = torch.full((1,), depth + 1 < self.gamma, device=logits_ND.device)
         zero = torch.zeros(1, dtype=torch.long, device=logits_ND.device)
@@ -142,14 +144,17 @@ class Shadow(Policy):
             p_D, index_1 = p_V[ids_D], (ids_D == y).nonzero()[:, 0]
         q_y = float(q_D[index_1].sum())  # 0 for a token that cannot be drafted
         self._judge(self.chance.coin(q_y / max(float(p_V[y]), 1e-30)))
-        if self.on_text:
-            return index_1
-        left_D = (q_D - p_D).clamp(min=0.0)
-        return self._drawn(left_D if float(left_D.sum()) > 0.0 else q_D)
+        drafted = index_1
+        if not self.on_text:
+            left_D = (q_D - p_D).clamp(min=0.0)
+            drafted = self._drawn(left_D if float(left_D.sum()) > 0.0 else q_D)
+        self.truth = min(1.0, float(p_D[drafted[0]]) / max(float(q_D[drafted[0]]), 1e-30))
+        return drafted
 
     def _judge(self, accepted: bool) -> None:
         self.accepted += int(accepted)
         self.on_text = accepted
+        self.truth = float(accepted)
 
     def _drawn(self, q_D: Tensor) -> Tensor:
         return torch.tensor([self.chance.draw(q_D)], device=q_D.device)

@@ -59,7 +59,7 @@ class Acceptance:
     `reads` auto is candidate for a drafter that reads tokens one by one, else drawn. With `frozen`
     the drafter stays as it is; otherwise its own loss is descended together with `weight` times the
     head's. `depths` are calibrated one by one, on drafts made at every `stride`-th position of
-    held-out answers.
+    `answers` held-out answers.
     """
 
     temperature: float
@@ -72,6 +72,7 @@ class Acceptance:
     weight: float = 1.0
     depths: int = 8
     stride: int = 2
+    answers: int = 100
 
     def __post_init__(self) -> None:
         for name, given, good in (
@@ -80,12 +81,14 @@ class Acceptance:
             ("rejection_weight", self.rejection_weight, self.rejection_weight > 0.0),
             ("depths", self.depths, self.depths >= 1),
             ("stride", self.stride, self.stride >= 1),
+            ("answers", self.answers, self.answers >= 2),
         ):
             if not good:
                 raise ValueError(
                     f"acceptance.{name}={given:g} is out of its range (temperature 0 or more, "
                     "mixing from 0 to below 1, rejection_weight above 0, depths and stride 1 or "
-                    "more), because nothing could be learned with it; give another value."
+                    "more, answers 2 or more), because nothing could be learned with it; give "
+                    "another value."
                 )
 
     def head(self, drafter: Drafter) -> AcceptanceHead:
@@ -386,11 +389,11 @@ def borrow(cfg: DictConfig) -> DictConfig:
 
 
 def settle(module: AcceptanceModule, data: TrainData, run_dir: Path) -> None:
-    """Calibrate the trained head on held-out answers (data.val_limit of them), and write what came
-    of it."""
+    """Calibrate the trained head on held-out answers, and write what came of it."""
     drafter, plan = module.drafter, module.plan
     target = module.teacher.target
-    answers = [recorded(data.val_reader[i]) for i in range(len(data.val_windows))]
+    count = min(len(data.val_reader), plan.answers)
+    answers = [recorded(data.val_reader[i]) for i in range(count)]
     kept = drafter.dtype
     drafter.to(target.dtype).eval()  # as it will be served
     made = trace(

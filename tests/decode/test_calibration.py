@@ -25,7 +25,8 @@ def drawn(count: int, depths: int, sharpness: list[float], seed: int = 0) -> Jud
     passed_IK = rng.random((count, depths)) < 1.0 / (1.0 + np.exp(-true_IK))
     accepted_I = np.where(passed_IK.all(1), depths, passed_IK.argmin(1))
     tested_I = np.minimum(accepted_I + 1, depths)
-    return Judgements(true_IK * np.array(sharpness), tested_I, accepted_I)
+    chance_IK = 1.0 / (1.0 + np.exp(-true_IK))
+    return Judgements(true_IK * np.array(sharpness), chance_IK, tested_I, accepted_I)
 
 
 def test_the_error_by_hand() -> None:
@@ -39,13 +40,14 @@ def test_the_error_by_hand() -> None:
 
 def test_only_drafts_with_a_known_end_count() -> None:
     """Accepted 2 of 2 because the text ended: of depth 2 nothing is known."""
-    j = Judgements(np.zeros((2, 3)), np.array([2, 2]), np.array([2, 1]))
+    truth = np.array([[1.0, 1.0, 9.0], [1.0, 0.5, 9.0]])  # 9: never tested
+    j = Judgements(np.zeros((2, 3)), truth, np.array([2, 2]), np.array([2, 1]))
     survived, known = j.survived(2)
     assert known.tolist() == [False, True]
     assert survived.tolist() == [False, False]
     made = token_reliability(j, [1.0])
     assert made.chance == [0.5]
-    assert made.truth == [0.75]  # four tests, three passed
+    assert made.truth == [0.875]  # of four tests
     # Survival 1/2, 1/4, 1/8 of six claims, one of them unknown.
     assert sum(survival_reliability(j, [1.0]).weight) == pytest.approx(1.0)
 
@@ -68,8 +70,9 @@ def traced(prompts: int, lag: int) -> Trace:
     made = Trace(gamma=3 + lag, temperature=1.0, lag=lag)
     for number in range(prompts):
         j = drawn(400, 3, [2.0, 2.0, 2.0], seed=number)
-        signals = np.zeros((400, 3 + lag, 4))
+        signals = np.zeros((400, 3 + lag, 5))
         signals[:, lag:, 3] = j.logits_IK
+        signals[:, :3, 4] = j.truth_IK
         made.walked.append(
             Walked(
                 prompt_id=str(number),

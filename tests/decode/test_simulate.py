@@ -75,7 +75,7 @@ def test_rounds_are_those_of_the_decoder(target: Target, traced: tuple, rule: st
 def by_hand() -> Trace:
     """One answer of six tokens: rounds begin at 1..5; two drafts at each, accepted as listed."""
     accepted = np.array([2, 0, 0, 1, 1])
-    signals = np.zeros((5, 2, 4))
+    signals = np.zeros((5, 2, 5))
     signals[:, :, 0] = [[0.9, 0.4], [0.9, 0.9], [0.9, 0.9], [0.4, 0.9], [0.9, 0.9]]
     made = Trace(gamma=2, temperature=0.0, lag=0, signal_ms={"row": 0.25, "best": 0.5, "drawn": 9})
     made.walked.append(

@@ -64,7 +64,8 @@ def test_numbers_of_a_row(target: Target) -> None:
     best_1 = logq_D.argmax(-1)[None]
     expected = head.judged(states_1d, logq_ND=logq_D[None], drafted_N=best_1, drafter=drafter)
     assert row["judged"] == pytest.approx(float(expected[0]), abs=1e-5)
-    assert set(found.signal_ms) == {"row", *SIGNALS}
+    assert row["truth"] == float(found.walked[0].accepted_I[0] > 0)
+    assert set(found.signal_ms) == {"row", *SIGNALS[:-1]}
 
 
 def _root(tokens: torch.Tensor) -> Frontier:
@@ -115,7 +116,7 @@ def test_drafts_and_answers_are_drawn_jointly(reduced: bool) -> None:
     q_D = torch.tensor([0.2, 0.8]) if reduced else torch.tensor([0.1, 0.6, 0.3])
     drafter: object = Given(ids_D)
     chance, draws = SeededChance(seed=1), 4000
-    drafted, accepted = torch.zeros(3), 0
+    drafted, accepted, truth = torch.zeros(3), 0, 0.0
     for _ in range(draws):
         y = chance.draw(p_V)
         shadow = Shadow(
@@ -127,6 +128,9 @@ def test_drafts_and_answers_are_drawn_jointly(reduced: bool) -> None:
         assert (token == y) or not shadow.accepted
         drafted[token] += 1
         accepted += shadow.accepted
-    full_V = torch.tensor([0.2, 0.0, 0.8]) if reduced else q_D
+        full_V = torch.tensor([0.2, 0.0, 0.8]) if reduced else q_D
+        assert shadow.truth == pytest.approx(min(1.0, float(p_V[token] / full_V[token])))
+        truth += shadow.truth
     assert torch.allclose(drafted / draws, full_V, atol=0.03)
+    assert truth / draws == pytest.approx(accepted / draws, abs=0.02)
     assert accepted / draws == pytest.approx(float(torch.minimum(full_V, p_V).sum()), abs=0.03)
