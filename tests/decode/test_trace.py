@@ -114,6 +114,7 @@ def test_drafts_and_answers_are_drawn_jointly(reduced: bool) -> None:
     p_V = torch.tensor([0.5, 0.3, 0.2])
     ids_D = torch.tensor([0, 2]) if reduced else None
     q_D = torch.tensor([0.2, 0.8]) if reduced else torch.tensor([0.1, 0.6, 0.3])
+    full_V = torch.tensor([0.2, 0.0, 0.8]) if reduced else q_D
     drafter: object = Given(ids_D)
     chance, draws = SeededChance(seed=1), 4000
     drafted, accepted, truth = torch.zeros(3), 0, 0.0
@@ -128,7 +129,6 @@ def test_drafts_and_answers_are_drawn_jointly(reduced: bool) -> None:
         assert (token == y) or not shadow.accepted
         drafted[token] += 1
         accepted += shadow.accepted
-        full_V = torch.tensor([0.2, 0.0, 0.8]) if reduced else q_D
         assert shadow.truth == pytest.approx(min(1.0, float(p_V[token] / full_V[token])))
         truth += shadow.truth
     assert torch.allclose(drafted / draws, full_V, atol=0.03)
