@@ -263,7 +263,7 @@ def learn_lengths(made: Trace, cost: RoundCost, longest: int, run_dir: Path) -> 
         history = spec_kv.History()
         i = 1
         while i < walked.length:
-            best, drawn, entropy, _ = walked.signals_IKS[i - 1, 0]
+            best, drawn, entropy, *_ = walked.signals_IKS[i - 1, 0]
             inputs.append([best, drawn, entropy, history.rate])
             passed = min(int(walked.accepted_I[i - 1]), longest)
             accepted.append(passed)
