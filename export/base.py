@@ -36,9 +36,9 @@ class Exporter(ABC):
 
     name: ClassVar[str]
     engine: ClassVar[str]
-    library: ClassVar[str] = "draftsmith"
+    library: str = "draftsmith"
     """What the Hub says the folder is loaded with."""
-    writes_text: ClassVar[bool] = False
+    writes_text: bool = False
     """Whether the folder is a language model of its own."""
     served_by: ClassVar[tuple[str, ...]] = ()
     """Engines (export/engine) that run here and load the folder; the first proves it unless another

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from conf.console import say
 from export.base import Exporter, Precision, Reader
 from export.tensors import load_tensors
 from models.drafter.base import Drafter
@@ -24,6 +25,8 @@ class Format(ABC):
 
     name: ClassVar[str]
     families: ClassVar[tuple[type[Drafter], ...]]
+    writes_text: ClassVar[bool] = False
+    """Whether the folder is a language model of its own, which transformers loads."""
     all_depths: ClassVar[bool] = False
     """Whether engines always draft with every depth there is."""
 
@@ -113,7 +116,10 @@ class FormatExporter(Exporter):
         form = self.form(drafter)
         assert form is not None
         form.write(drafter, folder, texts)
-        self.used = form
+        self.used, self.writes_text = form, form.writes_text
+        self.library = "transformers" if form.writes_text else "draftsmith"
+        if drafter.acceptance is not None:
+            say("The acceptance head stays behind: this format has no place for it.")
 
     def read(self, folder: Path, target: Target) -> Reader:
         form = next(form for form in self.forms if form.is_mine(folder))

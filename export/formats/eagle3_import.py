@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from export.formats.eagle3_check import IDS
 from export.formats.importing import fill, insist_embedding
 from export.formats.layer import shape_of
 from models.drafter.eagle3 import Eagle3
@@ -15,7 +16,6 @@ from models.target import Target
 
 OWN = {"_target_": "models.head.own.OwnHead"}
 FROZEN = {"_target_": "models.head.frozen.FrozenHead"}
-IDS = "eagle_aux_hidden_state_layer_ids"
 
 
 def load_eagle3(config: dict[str, Any], tensors: dict[str, Tensor], target: Target) -> Eagle3:

@@ -24,6 +24,7 @@ class LanguageModel(Format):
 
     name = "assistant"
     families = (CausalLm, SortedLm)
+    writes_text = True
 
     def __init__(self, *, gamma: int = 4) -> None:
         self.exporter = AssistantExporter(gamma=gamma)

@@ -19,14 +19,16 @@ from export.base import Reader
 from export.formats.base import Format, floats, read_config, write_files
 from export.formats.dflash import speculators_dflash_problems
 from export.formats.eagle3 import (
+    Eagle3Checkpoint,
+    Eagle3Format,
+    native_config,
+    native_tensors,
+)
+from export.formats.eagle3_check import (
     FLAGS,
     IDS,
     STRAY,
-    Eagle3Checkpoint,
-    Eagle3Format,
     expected_tensors,
-    native_config,
-    native_tensors,
     vocabulary_map_problems,
 )
 from export.formats.layer import layer_config_problems
