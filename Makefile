@@ -1,6 +1,7 @@
 # Every target sets up what it needs; a second call finds the stamp and starts at once.
 #   make quickstart   environment, a drafter for a small real model, its numbers, an export
-#   make test         environment and the whole test suite (PYTEST_ARGS adds options)
+#   make test         environment and the whole test suite in JOBS processes (PYTEST_ARGS adds options)
+#   make engines      serving engines in environments of their own; their tests are skipped without
 #   make check        lint, format, types, import contract
 #   make bench        speed and memory of the chunked loss and of an EAGLE-3 training step
 #                     (PEER=<python with speculators 0.9> measures that library beside them)
@@ -11,8 +12,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 PEER ?=
+JOBS ?= 2
+ENGINES ?= vllm
 
-.PHONY: install quickstart test check bench
+.PHONY: install quickstart test engines check bench
 
 install: $(STAMP)
 
@@ -29,8 +32,14 @@ quickstart: $(STAMP)
 	$(BIN)/python -m decode run=runs/hydra_heads/latest bench=mt_bench limit=16
 	$(BIN)/python -m export run=runs/hydra_heads/latest exporter=hf
 
+# Engines come after the rest and one by one: each takes all cores and some GB. 5: none was asked for.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not engine" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m engine $(PYTEST_ARGS) || test $$? -eq 5
+
+# The environments of the engines that the tests run, in the user's cache.
+engines: $(STAMP)
+	for engine in $(ENGINES); do $(BIN)/python -m export install=$$engine || exit 1; done
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -33,6 +33,7 @@ from decode.tree.chain import Chain
 from decode.verifier.greedy import Greedy
 from decode.walk import walk
 from export.engine.base import Answer, Dtype, Engine, Outcome
+from export.engine.process import driver_file
 from export.served import Along, Served, served
 from models.drafter.base import Drafter
 from models.packaged import cache_dir
@@ -150,7 +151,7 @@ def show(served: Served) -> None:
 
 def _kept(engine: Engine, target: Target, asked: dict[str, Any]) -> Path:
     """Where the engine's text without drafter is kept: a name made of all that it depends on."""
-    driver = engine.script.read_text()
+    driver = driver_file(engine.driver).read_text()
     facts = {**asked, "gamma": None, "target": target.fingerprint(), "driver": driver}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return cache_dir() / "answers" / f"{engine.name}-{engine.version}-{key}.json"

@@ -1,8 +1,13 @@
 """Fixtures shared by all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: one thread each, also in what tests start. Before torch is imported.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 from models.target import Target
 from tests.tiny import tiny_target

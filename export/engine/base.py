@@ -102,7 +102,7 @@ class Engine(Environment, ABC):
             }
             answered = call_driver(
                 self.python,
-                self.script,
+                self.driver,
                 request,
                 environment=self.variables,
                 timeout_s=self.timeout_s,
@@ -110,11 +110,6 @@ class Engine(Environment, ABC):
         return Outcome(
             [Answer(**a) for a in answered["answers"]], answered["counters"], answered["versions"]
         )
-
-    @property
-    def script(self) -> Path:
-        """The driver."""
-        return Path(__file__).parent / "drivers" / f"{self.driver}.py"
 
     def refuse_dtype(self, dtype: str) -> None:
         """Raise ValueError for a precision that the engine has not here."""

@@ -42,16 +42,17 @@ def running(
 
 def call_driver(
     python: Path,
-    script: Path,
+    driver: str,
     request: Mapping[str, Any],
     *,
     environment: Mapping[str, str],
     timeout_s: float,
 ) -> Any:
-    """Run a script (one of `drivers/`) with another Python: JSON in, JSON out.
+    """Run a script of `drivers/` with another Python: JSON in, JSON out.
 
     Raises ValueError with the script's last lines when it fails.
     """
+    script = driver_file(driver)
     with tempfile.TemporaryDirectory(prefix="draftsmith-") as made:
         folder = Path(made)
         asked, answered, log = folder / "request.json", folder / "answer.json", folder / "log.txt"
@@ -70,6 +71,11 @@ def call_driver(
             f"The script {script.name}, run with {python}, {over}, expected an answer in JSON; its "
             f"last lines follow.\n{last_lines(log)}"
         )
+
+
+def driver_file(driver: str) -> Path:
+    """The script of that name."""
+    return Path(__file__).parent / "drivers" / f"{driver}.py"
 
 
 def last_lines(log: Path) -> str:

