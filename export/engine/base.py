@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from export.engine.environment import Environment
-from export.engine.process import call_driver
+from export.engine.process import call_driver, driver_file
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -102,7 +102,7 @@ class Engine(Environment, ABC):
             }
             answered = call_driver(
                 self.python,
-                self.driver,
+                driver_file(self.driver),
                 request,
                 environment=self.variables,
                 timeout_s=self.timeout_s,

@@ -42,17 +42,16 @@ def running(
 
 def call_driver(
     python: Path,
-    driver: str,
+    script: Path,
     request: Mapping[str, Any],
     *,
     environment: Mapping[str, str],
     timeout_s: float,
 ) -> Any:
-    """Run a script of `drivers/` with another Python: JSON in, JSON out.
+    """Run a script (one of `drivers/`) with another Python: JSON in, JSON out.
 
     Raises ValueError with the script's last lines when it fails.
     """
-    script = driver_file(driver)
     with tempfile.TemporaryDirectory(prefix="draftsmith-") as made:
         folder = Path(made)
         asked, answered, log = folder / "request.json", folder / "answer.json", folder / "log.txt"
