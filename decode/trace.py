@@ -17,7 +17,8 @@ rounds.py). So, given y_j:
 The drafts here are drawn that way: jointly with the answer they have the law of a real round. At
 temperature 0 a draft is the drafter's best token, and accepted iff it is y_j.
 
-Shape legend: I positions of one answer, K depths, V target vocabulary, D draft vocabulary.
+Shape legend: I positions of one answer, N answer tokens, K depths, V target vocabulary, D draft
+vocabulary.
 """
 
 import hashlib
@@ -313,16 +314,20 @@ def _walk(
         features = features.to(drafter.dtype)
     else:
         features = read_features(target, drafter, text_1T)
+    p_NV: Tensor | None = None
+    if made.temperature > 0.0:
+        # y_j is predicted at the position before it. All rows at once: one row costs as much.
+        assert final_Td is not None
+        logits_NV = target.project(final_Td[start - 1 : start - 1 + len(y)])
+        p_NV = probabilities(logits_NV, temperature=made.temperature)
     state = drafter.start(features[:, :start], text_1T[:, : start + 1])
     starts, shadows = [], []
     for i in range(1, last):
         if (i - 1) % stride == 0:
 
             def p(depth: int, i: int = i) -> Tensor:
-                # y_j is predicted at the position before it.
-                assert final_Td is not None
-                logits_V = target.project(final_Td[start + i + depth - 1])
-                return probabilities(logits_V, temperature=made.temperature)
+                assert p_NV is not None
+                return p_NV[i + depth]
 
             shadow = Shadow(
                 gamma=made.gamma,
