@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 PEER ?=
 JOBS ?= 2
-ENGINES ?= vllm
+ENGINES ?= vllm llamacpp
 
 .PHONY: install quickstart test engines check bench
 

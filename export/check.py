@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from export import assistant, hf
-from export.formats import dflash, gguf_check
+from export.formats import dflash, gguf_check, openvino_check
 from export.formats.eagle import SglangEagle, VllmEagle
 from export.formats.eagle3 import Eagle3Format
 from export.formats.hydra import HydraFormat
@@ -38,6 +38,9 @@ def check_export(folder: Path) -> str:
     if gguf_check.is_mine(folder):
         _insist(folder, gguf_check.problems(folder))
         return "gguf"
+    if openvino_check.is_mine(folder):
+        _insist(folder, openvino_check.problems(folder))
+        return "openvino"
     config = folder / "config.json"
     if not config.is_file():
         raise ValueError(

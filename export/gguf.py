@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from export.base import Precision
+from export.base import HERE, Precision
 from export.formats.base import Format, FormatExporter
 from export.formats.gguf import FILE, GgufEagle3Format, GgufLanguageModel
 
@@ -17,6 +17,7 @@ class GgufExporter(FormatExporter):
     name = "gguf"
     engine = "llama.cpp"
     library = "gguf"
+    served_by = ("llamacpp",)
     cannot = "it has EAGLE-3 and draft models"
 
     def __init__(
@@ -36,6 +37,6 @@ class GgufExporter(FormatExporter):
 vocabulary:
 
 ```bash
-llama-server -m path/to/target.gguf -md path/to/this/folder/{FILE} \\
+llama-server -m path/to/target.gguf -md {HERE}/{FILE} \\
   --spec-type {form.name} --spec-draft-n-max {drafts}
 ```"""

@@ -2,11 +2,13 @@
 
 from export.engine.base import Engine
 from export.engine.environment import Environment
+from export.engine.llamacpp import Llamacpp
+from export.engine.openvino import Openvino
 from export.engine.speculators import Speculators
 from export.engine.transformers import Transformers
 from export.engine.vllm import Vllm
 
-ENGINES: tuple[type[Engine], ...] = (Transformers, Vllm)
+ENGINES: tuple[type[Engine], ...] = (Transformers, Vllm, Llamacpp, Openvino)
 LIBRARIES: tuple[type[Environment], ...] = (Speculators,)
 """Not engines, but installed in the same way."""
 
