@@ -28,7 +28,7 @@ class OriginalExporter(FormatExporter):
     """Drafters for the code they were published with."""
 
     name = "original"
-    engine = "The published code"
+    engine = "the published code"
     forms = (
         OriginalMedusa(),
         HydraFormat(),

@@ -106,7 +106,8 @@ class FormatExporter(Exporter):
     def refuse(self, drafter: Drafter) -> None:
         form = self.form(drafter)
         if form is None:
-            raise ValueError(f"{self.engine} cannot serve {type(drafter).__name__}: {self.cannot}.")
+            name = self.engine[:1].upper() + self.engine[1:]
+            raise ValueError(f"{name} cannot serve {type(drafter).__name__}: {self.cannot}.")
         complaint = form.complaint(drafter)
         if complaint is not None:
             raise ValueError(complaint)
