@@ -106,8 +106,10 @@ class FormatExporter(Exporter):
     def refuse(self, drafter: Drafter) -> None:
         form = self.form(drafter)
         if form is None:
-            name = self.engine[:1].upper() + self.engine[1:]
-            raise ValueError(f"{name} cannot serve {type(drafter).__name__}: {self.cannot}.")
+            raise ValueError(
+                f"exporter={self.name} cannot write {type(drafter).__name__}, because {self.engine} "
+                f"cannot serve it: {self.cannot}."
+            )
         complaint = form.complaint(drafter)
         if complaint is not None:
             raise ValueError(complaint)
