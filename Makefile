@@ -34,8 +34,8 @@ quickstart: $(STAMP)
 
 # Engines come after the rest and one by one: each takes all cores and some GB. 5: none was asked for.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not engine" $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m engine $(PYTEST_ARGS) || test $$? -eq 5
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --engines=without $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --engines=only $(PYTEST_ARGS) || test $$? -eq 5
 
 # The environments of the engines that the tests run, in the user's cache.
 engines: $(STAMP)

@@ -19,7 +19,7 @@ from conf.console import say
 from data_prep.prompts import Prompt
 from data_prep.shards import ShardReader
 from decode.prompts import Bench
-from export.base import HERE, Exporter
+from export.base import HERE, THERE, Exporter
 from export.card import in_words, model_card
 from export.check import check_export
 from export.choice import refuse
@@ -109,9 +109,11 @@ def export(cfg: DictConfig) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
     say(f"{proof}{in_words(figures)}.")
     say(f"Written: {out} for {exporter.engine}; its README.md says how to use it.")
-    usage = exporter.usage(target=str(run.config.target.name), depths=drafter.num_depths)
+    named = str(run.config.target.name)
+    usage = exporter.usage(target=named, depths=drafter.num_depths)
+    usage = usage.replace(HERE, str(out)).replace(THERE, resolve_name(named))
     for command in re.findall(r"```bash\n(.*?)\n```", usage, flags=re.DOTALL):
-        say(f"Serve it with:\n{command.replace(HERE, str(out))}")
+        say(f"Serve it with:\n{command}")
     return out
 
 

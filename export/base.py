@@ -18,6 +18,8 @@ UNLIMITED = 8
 
 HERE = "path/to/this/folder"
 """What a model card calls the folder it lies in."""
+THERE = "path/to/the/target"
+"""What it calls a target that has no name elsewhere."""
 
 
 class Reader(Protocol):

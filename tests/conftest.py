@@ -13,6 +13,28 @@ from models.target import Target
 from tests.tiny import tiny_target
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--engines",
+        choices=("with", "without", "only"),
+        default="with",
+        help="tests of real engines: beside the others, not at all, or alone",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Engines take all cores and some GB each, so they do not run beside several processes."""
+    wanted = config.getoption("--engines")
+    if wanted == "with":
+        return
+    kept, left = [], []
+    for item in items:
+        is_engine = item.get_closest_marker("engine") is not None
+        (kept if is_engine == (wanted == "only") else left).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
 @pytest.fixture(scope="session")
 def target() -> Target:
     """A tiny random target in fp32."""

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.console import say
-from export.base import Exporter, Precision, Reader
+from export.base import THERE, Exporter, Precision, Reader
 from export.tensors import load_tensors
 from models.drafter.base import Drafter
 from models.head.frozen import FrozenHead
@@ -151,7 +151,7 @@ class FormatExporter(Exporter):
 
 def served_name(target: str) -> str:
     """The target as a serve command names it."""
-    return "path/to/the/target" if target.startswith(PACKAGE_PREFIX) else target
+    return THERE if target.startswith(PACKAGE_PREFIX) else target
 
 
 def read_config(folder: Path) -> dict[str, Any]:
