@@ -28,7 +28,7 @@ class OriginalExporter(FormatExporter):
     """Drafters for the code they were published with."""
 
     name = "original"
-    engine = "the published code"
+    engine = "Published code"
     forms = (
         OriginalMedusa(),
         HydraFormat(),

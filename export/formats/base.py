@@ -106,10 +106,7 @@ class FormatExporter(Exporter):
     def refuse(self, drafter: Drafter) -> None:
         form = self.form(drafter)
         if form is None:
-            raise ValueError(
-                f"exporter={self.name} cannot write {type(drafter).__name__}, because {self.engine} "
-                f"cannot serve it: {self.cannot}."
-            )
+            raise ValueError(f"{self.engine} cannot serve {type(drafter).__name__}: {self.cannot}.")
         complaint = form.complaint(drafter)
         if complaint is not None:
             raise ValueError(complaint)

@@ -38,5 +38,5 @@ def test_who_can_write_what(target: Target) -> None:
 
 
 def test_a_refusal_names_those_that_can(target: Target) -> None:
-    with pytest.raises(ValueError, match=r"cannot write HydraHeads.*can be written with.*=hf"):
+    with pytest.raises(ValueError, match=r"vLLM cannot serve HydraHeads.*can be written with.*=hf"):
         refuse(VllmExporter(), hydra_heads(target))
