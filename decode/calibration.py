@@ -34,6 +34,7 @@ from decode.trace import SIGNALS, Trace
 from models.acceptance import AcceptanceHead
 
 BINS = 10
+FEWEST = 25
 JUDGED, TRUTH = SIGNALS.index("judged"), SIGNALS.index("truth")
 TINY = 1e-7
 
@@ -125,13 +126,14 @@ def survival_reliability(j: Judgements, scale: Sequence[float]) -> Reliability:
 
 
 def fit_scale(j: Judgements) -> list[float]:
-    """T_k of every depth, from the front. A depth that nothing reached keeps the one before."""
+    """T_k of every depth, from the front. A depth that fewer than FEWEST drafts survived keeps the
+    one before: a temperature fitted on a handful means nothing."""
     scale: list[float] = []
     before_I = np.ones(len(j.logits_IK))
     for k in range(j.depths):
         survived_I, known_I = j.survived(k)
         logits_I = j.logits_IK[:, k]
-        if known_I.any() and survived_I[known_I].any():
+        if survived_I[known_I].sum() >= FEWEST:
             scale.append(_best(logits_I[known_I], before_I[known_I], survived_I[known_I]))
         else:
             scale.append(scale[-1] if scale else 1.0)

@@ -25,17 +25,17 @@ def tune_table(t: Tuned, *, title: str) -> Table:
     notes = [
         "Tokens per second of rounds, the prompt's forward left out; gains over the best fixed "
         "length,",
-        "prompts paired. Wasted: drafts that were not kept.",
+        "prompts paired. Wasted: drafts that were not kept. Intervals: results.json.",
     ]
     out = Table(title=title, title_style="bold", caption="\n".join(notes), caption_style="dim")
-    for name in ("rule", "best setting"):
-        out.add_column(name, no_wrap=True)
-    for name in ("tokens per step", "drafts", "wasted", "predicted tokens/s", "gain"):
-        out.add_column(name, justify="right", no_wrap=True)
+    out.add_column("rule", no_wrap=True)
+    out.add_column("setting")
+    for name in ("tokens a step", "drafts", "wasted", "predicted tokens/s", "gain"):
+        out.add_column(name, justify="right")
     real = {c.words: c for c in t.confirmed}
     if real:
         for name in ("measured tokens/s", "difference", "gain"):
-            out.add_column(name, justify="right", no_wrap=True)
+            out.add_column(name, justify="right")
     for number, p in enumerate(t.best):
         out.add_row(*_cells(p), *_real(real.get(p.words)), style="bold cyan" if not number else "")
     return out
@@ -44,20 +44,27 @@ def tune_table(t: Tuned, *, title: str) -> Table:
 def _cells(p: Predicted) -> list[str]:
     return [
         p.rule,
-        p.words.replace(f"stop={p.rule}", "").replace("  ", " ").strip(),
-        str(p.tau),
+        _short(p),
+        f"{p.tau.value:.2f}",
         f"{p.drafts_per_step:.2f}",
         f"{p.wasted.value:.0%}",
-        str(p.tokens_per_s),
+        f"{p.tokens_per_s.value:.1f}",
         f"{p.gain.value - 1:+.1%}",
     ]
+
+
+def _short(p: Predicted) -> str:
+    """A setting in a word: its own number."""
+    if p.rule == FIXED:
+        return p.words.removeprefix("tree.")
+    own = [word.removeprefix("stop.") for word in p.words.split() if word.startswith("stop.")]
+    return " ".join(own)
 
 
 def _real(c: Confirmed | None) -> list[str]:
     if c is None:
         return []
-    gained = f"{c.gain.value - 1:+.1%} [{c.gain.low - 1:+.1%}, {c.gain.high - 1:+.1%}]"
-    return [str(c.measured), f"{c.difference:+.1%}", gained]
+    return [f"{c.measured.value:.1f}", f"{c.difference:+.1%}", f"{c.gain.value - 1:+.1%}"]
 
 
 def tune_caption(t: Tuned, bench: str) -> str:
