@@ -50,6 +50,8 @@ class DataPrepConfig:
     target: Any = MISSING
     dataset: Any = MISSING
     estimate: bool = False
+    part: int | None = None
+    parts: int = 1
     show: int = 0
 
 
@@ -210,6 +212,32 @@ class TrimConfig:
     out: str | None = None
 
 
+@dataclass
+class ConsolidateConfig:
+    """`python -m scripts.consolidate`"""
+
+    name: str = "consolidate"
+    run: str = MISSING
+    checkpoint: str | None = None
+    out: str | None = None
+
+
+@dataclass
+class UploadConfig:
+    """`python -m scripts.upload`"""
+
+    name: str = "upload"
+    run: str = MISSING
+    repo: str = MISSING
+    folder: str | None = None
+    private: bool = True
+    dry_run: bool = False
+    license: str = "other"
+    target_license: str = "unknown"
+    data_license: str = "unknown"
+    target_weights: bool = False
+
+
 def register() -> None:
     """Make the schemas known to Hydra as `train_schema`, `data_prep_schema`, ..."""
     store = ConfigStore.instance()
@@ -222,6 +250,8 @@ def register() -> None:
     store.store(name="study_schema", node=StudyConfig)
     store.store(name="trim_schema", node=TrimConfig)
     store.store(name="families_schema", node=FamiliesConfig)
+    store.store(name="consolidate_schema", node=ConsolidateConfig)
+    store.store(name="upload_schema", node=UploadConfig)
 
 
 register()

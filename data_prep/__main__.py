@@ -2,6 +2,7 @@
 
 python -m data_prep dataset=quickstart                  prepare it, or continue
 python -m data_prep dataset=quickstart estimate=true    tokens, disk and hours; writes nothing
+python -m data_prep dataset=quickstart part=3 parts=16  one job's share of the answers
 python -m data_prep dataset=quickstart show=5           samples coloured by the learn mask
 """
 
@@ -28,6 +29,9 @@ def main(cfg: DictConfig) -> None:
             expected = dataset.estimate(target)
             expected.say()
             expected.refuse_without_room(dataset.folder)
+            return
+        if cfg.part is not None:
+            dataset.prepare_part(target, part=cfg.part, parts=cfg.parts)
             return
         folder = dataset.prepare(target)
         if cfg.show:

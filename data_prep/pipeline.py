@@ -4,7 +4,8 @@ What lies in a dataset's folder, in the order in which it appears:
 
     recipe.json             the settings and the target: other ones are refused
     prompts.jsonl           conversations, read, without duplicates and without those too long
-    respond.jsonl.partial   answers as they come; respond.jsonl when all are there
+    respond.jsonl.partial   answers as they come (.part-* from jobs that share the work);
+                            respond.jsonl when all are there
     train/, val/            token shards, then shards of features and signals
     manifest.json           written last: a folder with one is finished
 
@@ -137,6 +138,28 @@ class Dataset:
             examples = self._examples(target, conversations)
             Doctor(target).examine(examples, f"dataset '{self.name}'")
             return self._write(target, conversations, examples)
+
+    def prepare_part(self, target: Target, *, part: int, parts: int) -> None:
+        """Answer part `part` (0-based) of `parts` beside other jobs; `prepare` joins them."""
+        if not 0 <= part < parts:
+            raise ValueError(
+                f"part={part} of parts={parts} does not exist: parts are counted from 0, so give "
+                f"part=0 to part={max(0, parts - 1)}."
+            )
+        if self.respond is None:
+            raise ValueError(
+                f"dataset '{self.name}' takes the data's own answers (tokenize), so there is "
+                "nothing to share; prepare it without part."
+            )
+        with self._lock():
+            if self._answered:
+                say(f"Dataset '{self.name}': all answers are there already.")
+                return
+            require_same_recipe(self.folder, self._recipe(target))
+            conversations = self._conversations(target)
+        prompts = self._prompts(target, conversations)
+        count = self.respond.run_part(target, prompts, self.folder, part=part, parts=parts)
+        say(f"Dataset '{self.name}': part {part} of {parts} has its {count:,} answers.")
 
     def estimate(self, target: Target) -> Estimate:
         """Tokens, disk and time of everything still to do, writing nothing."""

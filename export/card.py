@@ -51,7 +51,7 @@ def model_card(
         f"A draft model for speculative decoding of `{target}`, trained with Draftsmith. It "
         f"proposes tokens that the target then checks in one forward; {_alone(exporter)}",
         "## Facts",
-        _table(
+        facts_table(
             [
                 ("target", f"`{target}`"),
                 ("target fingerprint", f"`{facts['target']['fingerprint']}`"),
@@ -67,7 +67,7 @@ def model_card(
         ),
         f"Export proven: {proof}{in_words(figures or {})}.",
         "## Numbers",
-        _numbers(run.path),
+        numbers(run.path),
         *([] if served is None else _served(served)),
         "## How to use it",
         exporter.usage(target=target, depths=drafter.num_depths),
@@ -106,11 +106,12 @@ def in_words(figures: dict[str, float]) -> str:
     return "".join(f"; {name.replace('_', ' ')} {x:.3g}" for name, x in figures.items())
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
+def facts_table(rows: list[tuple[str, str]]) -> str:
+    """Names and values."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
-def _numbers(run: Path) -> str:
+def numbers(run: Path) -> str:
     """One row a measurement found in the run folder."""
     head = "| prompts | temperature | draft | tokens per step | acceptance by depth | speed-up |"
     rows = []

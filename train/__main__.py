@@ -10,15 +10,12 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from conf.check import friendly_errors
 from conf.console import is_first_process
 from train.preemption import Preempted
 from train.run import train
-
-# A resumed run stays in its folder; any other gets the one named in conf/train.yaml.
-OmegaConf.register_new_resolver("first_set", lambda first, second: first or second, replace=True)
 
 
 @hydra.main(version_base=None, config_path="pkg://conf", config_name="train")

@@ -21,6 +21,7 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import DictConfig
 
+import conf.resolvers  # noqa: F401  (for ${first_set:...} in conf/train.yaml)
 from conf.check import RUNTIME_NAMES, build, check
 from conf.console import console, is_first_process, say
 from data_prep.pipeline import Dataset, DatasetFolder

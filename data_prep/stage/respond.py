@@ -4,8 +4,13 @@ Finished batches are appended to `respond.jsonl.partial` and fsynced, so that a 
 moment continues where it was: batches are a function of the requests alone, a half-written last
 line is dropped, and a batch that is not complete in the journal is answered again as a whole (same
 batch, same seeds, same answers).
+
+Several jobs may share the batches: part i of n answers every n-th batch into a journal of its own,
+`respond.jsonl.part-i-of-n`, and can be run again at any time. What the parts have answered is not
+answered again when all of it is put together.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Sequence
@@ -89,31 +94,76 @@ class Respond:
             for request in requests
         ]
 
+    def run_part(
+        self, target: Target, prompts: Sequence[Prompt], folder: Path, *, part: int, parts: int
+    ) -> int:
+        """Answer part `part` (0-based) of `parts`; returns how many answers it has."""
+        requests = self.requests(prompts)
+        batches = self.generator(target).batches(requests)[part::parts]
+        path = folder / f"{JOURNAL}.part-{part:05d}-of-{parts:05d}"
+        header = self._header(target, requests)
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as lock:
+            # The same part twice at a time: the second waits, and finds everything answered.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return len(self._answer(target, batches, path, header, read_journal(path, header)))
+
+    def _header(self, target: Target, requests: Sequence[Request]) -> dict[str, Any]:
+        return {"target": target.fingerprint(), **asdict(self), "requests": _digest(requests)}
+
     def _answers(
         self, target: Target, requests: Sequence[Request], folder: Path
     ) -> dict[str, Answer]:
         finished = folder / JOURNAL
         partial = folder / f"{JOURNAL}.partial"
-        header = {"target": target.fingerprint(), **asdict(self), "requests": _digest(requests)}
+        header = self._header(target, requests)
         if finished.exists():
             return read_journal(finished, header)
         answers = read_journal(partial, header) if partial.exists() else {}
-        if answers:
-            say(f"respond: {len(answers)} of {len(requests)} answers were already there.")
-        generator = self.generator(target)
-        with Journal(partial, header) as journal:
-            total, done = len(requests), len(answers)
-            with Progress("the target answers", total=total, unit="answers", done=done) as progress:
-                for batch in generator.batches(requests):
-                    missing = {r.id for r in batch} - answers.keys()
-                    if not missing:
-                        continue
-                    made = generator.answer_batch(batch)
-                    fresh = [a for a in made if a.id in missing]
-                    journal.append(fresh, {r.id: r for r in batch})
-                    answers |= {a.id: a for a in fresh}
-                    progress.advance(len(fresh), tokens=sum(len(a.tokens) for a in made))
+        batches = self.generator(target).batches(requests)
+        parts = sorted(folder.glob(f"{JOURNAL}.part-*"))
+        elsewhere: dict[str, Answer] = {}
+        for path in parts:
+            elsewhere |= read_journal(path, header)
+        answered = {a: elsewhere[a] for a in elsewhere.keys() - answers.keys()}
+        if answered:
+            with Journal(partial, header) as journal:
+                for batch in batches:
+                    known = [answered[r.id] for r in batch if r.id in answered]
+                    journal.append(known, {r.id: r for r in batch})
+            answers |= answered
+        answers = self._answer(target, batches, partial, header, answers)
         partial.rename(finished)
+        for path in parts:
+            path.unlink()
+        return answers
+
+    def _answer(
+        self,
+        target: Target,
+        batches: Sequence[Sequence[Request]],
+        path: Path,
+        header: dict[str, Any],
+        answers: dict[str, Answer],
+    ) -> dict[str, Answer]:
+        """Append to the journal `path` what the batches ask and `answers` lacks; returns all."""
+        total, done = sum(len(batch) for batch in batches), len(answers)
+        if answers:
+            say(f"respond: {done} of {total} answers were already there.")
+        generator = self.generator(target)
+        with (
+            Journal(path, header) as journal,
+            Progress("the target answers", total=total, unit="answers", done=done) as progress,
+        ):
+            for batch in batches:
+                missing = {r.id for r in batch} - answers.keys()
+                if not missing:
+                    continue
+                made = generator.answer_batch(batch)
+                fresh = [a for a in made if a.id in missing]
+                journal.append(fresh, {r.id: r for r in batch})
+                answers |= {a.id: a for a in fresh}
+                progress.advance(len(fresh), tokens=sum(len(a.tokens) for a in made))
         return answers
 
 

@@ -193,3 +193,37 @@ def test_two_processes_prepare_once(target, tmp_path):
     assert len(hashes) == 1
     lines = (tmp_path / "out/small/respond.jsonl").read_text().splitlines()
     assert len(lines) == 15
+
+
+def test_parts_in_any_order_make_the_same_dataset(target, tmp_path, monkeypatch, capsys):
+    """Three jobs, one killed after a batch and run again, one left out: nothing is different, and
+    what the jobs have answered is not answered again."""
+    whole = dataset(tmp_path, name="whole").prepare(target)
+    shared = dataset(tmp_path, name="shared")
+    answer, left = Generator.answer_batch, [1]
+
+    def counting(self, batch):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return answer(self, batch)
+
+    monkeypatch.setattr(Generator, "answer_batch", counting)
+    with pytest.raises(KeyboardInterrupt):
+        shared.prepare_part(target, part=0, parts=3)
+    left[0] = 99
+    shared.prepare_part(target, part=0, parts=3)
+    shared.prepare_part(target, part=2, parts=3)
+    journal = shared.folder / "respond.jsonl.part-00002-of-00003"
+    with journal.open("ab") as file:
+        file.write(b'{"id": "half a li')
+    again = shared.prepare(target)
+    assert again.hash == whole.hash
+    assert "9 of 14 answers were already there" in capsys.readouterr().err
+    assert not list(shared.folder.glob("*.part-*"))
+    shared.prepare_part(target, part=1, parts=3)  # an element run again, too late
+
+
+def test_a_part_that_does_not_exist(target, tmp_path):
+    with pytest.raises(ValueError, match="part=0 to part=2"):
+        dataset(tmp_path).prepare_part(target, part=3, parts=3)

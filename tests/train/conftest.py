@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
-import train.__main__  # noqa: F401  (registers the resolver that conf/train.yaml uses)
+import conf.resolvers  # noqa: F401  (conf/train.yaml uses them)
 from train.run import train as train_run
 
 WORDS = ("the cat sat", "on the mat", "and a dog", "ran to", "what is two", "plus four", "please")

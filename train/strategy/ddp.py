@@ -12,5 +12,5 @@ class DDP(DDPStrategy):
 
     def __init__(self, *, backend: str | None = None) -> None:
         super().__init__(
-            process_group_backend=backend, find_unused_parameters=True, broadcast_buffers=False
+            process_group_backend=backend, find_unused_parameters=True, forward_sync_buffers=False
         )
