@@ -112,6 +112,13 @@ def verify(folder: Path, manifest: dict[str, Any], *, hashes: bool = True) -> No
             check_shard(folder, entry, hashes=hashes)
 
 
+def verify_tokens(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a token shard that is not, by size and content, what the manifest says."""
+    for split in SPLITS:
+        for entry in manifest["splits"][split]["tokens"]:
+            check_shard(folder, entry, hashes=True)
+
+
 _checked: dict[tuple[str, int, int], str] = {}
 """sha256 of files this process has read once, by (path, size, time of change)."""
 

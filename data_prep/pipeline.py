@@ -15,6 +15,7 @@ because every stage is announced with its cost before it runs.
 
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -36,6 +37,7 @@ from data_prep.manifest import (
     read_manifest,
     require_same_target,
     verify,
+    verify_tokens,
     write_json,
 )
 from data_prep.progress import clock
@@ -123,7 +125,7 @@ class Dataset:
         Several processes may call this at once: the others wait for the first.
         """
         with self._lock():
-            if (self.folder / MANIFEST).exists():
+            if (self.folder / MANIFEST).exists() and not self._made_again():
                 folder = DatasetFolder(self.folder)
                 folder.check(target)
                 require_same_recipe(self.folder, self._recipe(target))
@@ -138,6 +140,21 @@ class Dataset:
             examples = self._examples(target, conversations)
             Doctor(target).examine(examples, f"dataset '{self.name}'")
             return self._write(target, conversations, examples)
+
+    def _made_again(self) -> bool:
+        """True when a token shard is damaged and everything behind the answers is to be written
+        anew. The answers are still there, so the dataset becomes the same as before."""
+        try:
+            verify_tokens(self.folder, read_manifest(self.folder))
+        except ValueError as error:
+            if not (self._answered or self.tokenize):
+                raise
+            say(f"Warning: {error} The answers are there: all shards are written anew.")
+            (self.folder / MANIFEST).unlink()
+            for split in SPLITS:
+                shutil.rmtree(self.folder / split, ignore_errors=True)
+            return True
+        return False
 
     def prepare_part(self, target: Target, *, part: int, parts: int) -> None:
         """Answer part `part` (0-based) of `parts` beside other jobs; `prepare` joins them."""
