@@ -160,8 +160,7 @@ class Drill:
             kind = self.rng.choice(["SIGKILL", "SIGTERM", "full disk", *self._own(command)])
             if self._disturb(kind, command, where):
                 happened.append(kind)
-        # What an export has finished it never writes over: killed behind that, it was done.
-        if not (command == "export" and (where / "run" / "export" / "hf").is_dir()):
+        if not exported(command, where):
             last = self.attempt(command, where)
             assert last.run() == 0, (happened, last.log.read_text()[-3000:])
         self._compare(command, where, happened)
@@ -171,6 +170,8 @@ class Drill:
         return ["corrupted shard", "corrupted checkpoint"] if command == "train" else []
 
     def _disturb(self, kind: str, command: str, where: Path) -> bool:
+        if exported(command, where):
+            return False
         attempt = self.attempt(command, where)
         if kind == "full disk":
             attempt.largest_file = self.rng.randint(2_000, 400_000)
@@ -233,6 +234,11 @@ RESULTS = {
     "export": ["run/export/hf/model.safetensors", "run/export/hf/config.json"],
 }
 """What must be equal in the end."""
+
+
+def exported(command: str, where: Path) -> bool:
+    """What an export has finished it never writes over: killed behind that, it was done."""
+    return command == "export" and (where / "run" / "export" / "hf").is_dir()
 
 
 def comparable(path: Path) -> Any:
