@@ -33,8 +33,8 @@ from decode.__main__ import SUPPLIED
 from models.run import open_run
 from scripts.study_measure import measure_all
 from scripts.study_report import Cell, write_report
+from train.resume import start_folder
 from train.run import SUPPLIED as TRAIN_SUPPLIED
-from train.run import start_folder
 
 
 @dataclass(frozen=True)
