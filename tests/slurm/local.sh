@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A one-node Slurm on this machine for the tests: local.sh start <folder> | stop <folder>. Needs root
 # and Debian's slurm-wlm and munge. A Slurm that answers already is left alone.
+# (nproc alone would count OMP_NUM_THREADS.)
 set -euo pipefail
 folder=$2
 host=$(hostname)
@@ -25,7 +26,7 @@ SlurmdLogFile=$folder/slurmd.log
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc --all) State=UNKNOWN
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
 CONF
   chown munge /run/munge

@@ -32,7 +32,7 @@ def test_layout(target: Target, tmp_path: Path) -> None:
     assert (proposal["proposal_type"], proposal["speculative_tokens"]) == ("greedy", 5)
     assert config["speculators_config"]["verifier"] == {
         "name_or_path": "owner/model",
-        "architectures": [],
+        "architectures": list(target.config.architectures or []),
     }
     inner = config["transformer_layer_config"]
     assert (inner["model_type"], inner["vocab_size"]) == ("llama", target.vocab_size)
