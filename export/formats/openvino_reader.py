@@ -33,7 +33,7 @@ class OpenvinoReader:
                 stderr=log,
                 text=True,
             )
-        weakref.finalize(self, _end, self._process)
+        weakref.finalize(self, _end, self._process, self._scratch)
 
     def draft(self, features: Features, tokens_1T: Tensor) -> list[int]:
         """One line to the process, one back."""
@@ -62,7 +62,7 @@ class OpenvinoReader:
         return json.loads(line)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[str], scratch: tempfile.TemporaryDirectory[str]) -> None:
     """Close its input, by which it ends, and wait."""
     if process.stdin is not None:
         process.stdin.close()
@@ -73,3 +73,4 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.wait()
     if process.stdout is not None:
         process.stdout.close()
+    scratch.cleanup()
