@@ -18,10 +18,9 @@ from torch import Tensor
 from decode.session import Decoder
 from decode.verifier.greedy import Greedy
 from export.base import HERE, Exporter
-from export.check import check_export
 from export.engine.process import last_lines, running
 from export.engine.vllm import Vllm
-from export.gate import follow, measure
+from export.gate import follow
 from export.speculators import SpeculatorsExporter
 from export.vllm import VllmExporter
 from models.drafter.base import Drafter
@@ -31,7 +30,7 @@ from models.drafter.eagle3 import Eagle3
 from models.drafter.medusa import Medusa
 from models.target import Target, resolve_name
 from tests.export.quick import frequent, prompts, train
-from tests.export.quick_gate import LENGTH
+from tests.export.quick_gate import LENGTH, served_by
 
 VLLM = Vllm()
 OWN = {"_target_": "models.head.own.OwnHead"}
@@ -70,20 +69,7 @@ def _sizes(target: Target) -> dict[str, Any]:
 
 def check_served(exporter: Exporter, drafter: Drafter, target: Target, folder: Path) -> float:
     """Tokens per step in the engine, judged against ours."""
-    drafter = exporter.cast(drafter)
-    exporter.write(drafter, folder)
-    check_export(folder)
-    served = measure(
-        VLLM,
-        folder,
-        target_folder=Path(resolve_name(target.name)),
-        drafter=drafter,
-        target=target,
-        prompts=prompts(target),
-        gamma=exporter.chain_length(drafter),
-        max_new_tokens=LENGTH,
-        dtype="float32",
-    )
+    served = served_by(VLLM, exporter, drafter, target, folder)
     served.insist()
     # In fp32 nothing is left to rounding: every round is ours, and the engine counts as we do.
     assert served.own_texts == served.same_texts == served.same_rounds == len(served.records)
