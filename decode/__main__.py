@@ -28,7 +28,13 @@ from models.drafter.base import Drafter, Policy
 from models.run import Run, open_run
 from models.target import Target
 
-SUPPLIED = RUNTIME_NAMES | {"acceptance", "accuracy_KR", "dataset_folder", "run_dir"}
+SUPPLIED = RUNTIME_NAMES | {
+    "acceptance",
+    "accuracy_KR",
+    "dataset_folder",
+    "exit_costs",
+    "run_dir",
+}
 """Arguments that this command fills in, so that a config need not."""
 
 
@@ -40,7 +46,12 @@ def decode(cfg: DictConfig) -> int:
     run = open_run(cfg.run)
     target = run.load_target(cfg.dtype)
     drafter = run.load_drafter(target)
-    stop: Stop | None = build(cfg.stop, acceptance=drafter.acceptance, run_dir=run.path)
+    stop: Stop | None = build(
+        cfg.stop,
+        acceptance=drafter.acceptance,
+        exit_costs=drafter.exit_costs,
+        run_dir=run.path,
+    )
     policy: Any = build(
         cfg.tree,
         accuracy_KR=_rank_accuracy(run),

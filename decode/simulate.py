@@ -6,7 +6,8 @@ are kept and the next round begins there. Its time is
 
     t(n) = draft(n) + target(n + 1) + verify(n) + what the rule looked at,
 
-with the first three measured by the real decoder for several n (straight lines between them).
+with the first three measured by the real decoder for several n (straight lines between them). A
+drafter with several exits has a trace and times of each.
 
 Shape legend: S signals.
 """
@@ -18,7 +19,7 @@ import numpy as np
 
 from decode.interval import Estimate, bootstrap, tau_parts
 from decode.stop.base import Stop
-from decode.trace import SIGNALS, Trace, Walked
+from decode.trace import SIGNALS, Trace
 from decode.tree.cost import along
 from models.acceptance import AcceptanceHead
 
@@ -102,20 +103,41 @@ class Played:
     accepted_by_depth: tuple[float, ...] = ()
 
 
-def play(trace: Trace, stop: Stop | None, *, gamma: int, cost: RoundCost) -> list[Played]:
-    """Every answer of the trace, one after the other, under one rule."""
-    assert gamma <= trace.gamma, "the trace has no drafts of this length"
-    return [_answer(trace, walked, stop, gamma, cost) for walked in trace.walked]
+@dataclass(frozen=True)
+class Traced:
+    """The same answers drafted from one exit, and what rounds with its drafts cost."""
+
+    trace: Trace
+    cost: RoundCost
 
 
-def _answer(trace: Trace, walked: Walked, stop: Stop | None, gamma: int, cost: RoundCost) -> Played:
-    i, end = 1, walked.length
+@dataclass
+class Told:
+    """In the drafter's place: a rule names an exit."""
+
+    leave_at: int | None = None
+
+
+def play(exits: Sequence[Traced], stop: Stop | None, *, gamma: int) -> list[Played]:
+    """Every answer, one after the other, under one rule. The last exit drafts unless it names
+    another."""
+    assert all(gamma <= one.trace.gamma for one in exits), "a trace has no drafts of this length"
+    return [_answer(exits, number, stop, gamma) for number in range(len(exits[-1].trace.walked))]
+
+
+def _answer(exits: Sequence[Traced], number: int, stop: Stop | None, gamma: int) -> Played:
+    answer = exits[-1].trace.walked[number]
+    i, end = 1, answer.length
     rounds = produced = drafted = kept = 0
     ms = 0.0
     while i < end:
-        at = i - 1
+        at, told = i - 1, Told()
+        if stop is not None:
+            stop.begins(told, gamma)  # type: ignore[arg-type]
+        one = exits[-1 if told.leave_at is None else told.leave_at]
+        walked = one.trace.walked[number]
         assert walked.starts_I[at] == i, "a trace with stride 1 is needed"
-        length, looking_ms = _length(trace, walked.signals_IKS[at], stop, gamma)
+        length, looking_ms = _length(one.trace, walked.signals_IKS[at], stop, gamma)
         accepted = min(int(walked.accepted_I[at]), length)
         tested = min(int(walked.tested_I[at]), length)
         ended = bool(walked.ends_I[at]) and accepted == walked.accepted_I[at]
@@ -124,9 +146,9 @@ def _answer(trace: Trace, walked: Walked, stop: Stop | None, gamma: int, cost: R
         gained = accepted + int(not ended)
         rounds, produced = rounds + 1, produced + gained
         drafted, kept = drafted + length, kept + accepted
-        ms += cost.of(length) + looking_ms
+        ms += one.cost.of(length) + looking_ms
         i = end if ended else i + gained
-    return Played(walked.prompt_id, rounds, produced, drafted, kept, ms / 1000.0)
+    return Played(answer.prompt_id, rounds, produced, drafted, kept, ms / 1000.0)
 
 
 def _length(trace: Trace, row_KS: np.ndarray, stop: Stop | None, gamma: int) -> tuple[int, float]:

@@ -75,6 +75,7 @@ class Trace:
     temperature: float
     lag: int
     walked: list[Walked] = field(default_factory=list)
+    leave_at: int | None = None
     signal_ms: dict[str, float] = field(default_factory=dict)
 
 
@@ -96,14 +97,18 @@ class Shadow(Policy):
         p: Callable[[int], Tensor] | None,
         chance: SeededChance,
         clock: dict[str, list[float]],
+        leave_at: int | None = None,
     ) -> None:
-        self.gamma, self.temperature = gamma, temperature
+        self.gamma, self.temperature, self.leave_at = gamma, temperature, leave_at
         self.coming, self.p, self.chance, self.clock = coming, p, chance, clock
         self.signals: list[tuple[float, ...]] = []
         self.accepted = self.tested = 0
         self.truth = 0.0
         self.on_text = True
         self._states_Nd = torch.empty(1, 0)
+
+    def begin(self, drafter: Drafter) -> None:
+        drafter.leave_at = self.leave_at
 
     def look(self, states_Nd: Tensor) -> None:
         self._states_Nd = states_Nd
@@ -200,6 +205,7 @@ def trace(
     max_new_tokens: int,
     stride: int = 1,
     seed: int = 0,
+    leave_at: int | None = None,
     on_answer: Callable[[int, float], None] | None = None,
 ) -> Trace:
     """Drafts of `gamma` tokens at every `stride`-th position of every answer.
@@ -207,10 +213,11 @@ def trace(
     A round begins at i only while fewer than `max_new_tokens` tokens are known and none ends the
     answer. `on_answer(done, tokens a whole draft gives so far)` reports progress. Recorded answers
     that were cut off end without a token to stop at: the tokens behind
-    `max_new_tokens` are read as what comes, and where they run out nothing is tested.
+    `max_new_tokens` are read as what comes, and where they run out nothing is tested. `leave_at` is
+    the exit that all drafts come from, of a drafter that has several.
     """
     judge = drafter.acceptance
-    made = Trace(gamma, temperature, 0 if judge is None else judge.lag)
+    made = Trace(gamma, temperature, 0 if judge is None else judge.lag, leave_at=leave_at)
     clock: dict[str, list[float]] = {}
     chance = SeededChance(seed=seed ^ 0x7ACE)
     for done, answer in enumerate(answers):
@@ -234,6 +241,7 @@ def kept_trace(
     temperature: float,
     max_new_tokens: int,
     seed: int,
+    leave_at: int | None = None,
     on_answer: Callable[[int, float], None] | None = None,
 ) -> Trace:
     """The trace of these answers, from `run_dir`/tune or made now and kept there, under a name made
@@ -249,11 +257,13 @@ def kept_trace(
             digest.update(tensor.cpu().numpy().tobytes())
     asked = [(a.prompt.id, a.text) for a in answers]
     settings = [gamma, temperature, max_new_tokens, seed, str(target.dtype), target.fingerprint()]
+    settings += [] if leave_at is None else [leave_at]
     digest.update(json.dumps([asked, settings]).encode())
     file = run_dir / "tune" / f"trace-{digest.hexdigest()[:16]}.safetensors"
     judge = drafter.acceptance
     if file.is_file():
-        return _load(file, Trace(gamma, temperature, 0 if judge is None else judge.lag))
+        lag = 0 if judge is None else judge.lag
+        return _load(file, Trace(gamma, temperature, lag, leave_at=leave_at))
     made = trace(
         target,
         drafter,
@@ -262,6 +272,7 @@ def kept_trace(
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         seed=seed,
+        leave_at=leave_at,
         on_answer=on_answer,
     )
     _save(file, made)
@@ -336,6 +347,7 @@ def _walk(
                 p=p if made.temperature > 0.0 else None,
                 chance=chance,
                 clock=clock,
+                leave_at=made.leave_at,
             )
             root = text_1T[0, start + i - 1 : start + i]
             drafter.propose(state, root, shadow)

@@ -9,8 +9,8 @@
 Both numbers of 4 leave the prompt's forward out: tokens per second of rounds.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,25 @@ from decode.calibration import Calibration, Judgements, measured
 from decode.interval import Estimate, bootstrap
 from decode.prompts import Prompt
 from decode.session import Decoder, Generation
-from decode.simulate import Played, RoundCost, gain, play, tau, tau_gain, tokens_per_s, wasted
+from decode.simulate import (
+    Played,
+    RoundCost,
+    Traced,
+    gain,
+    play,
+    tau,
+    tau_gain,
+    tokens_per_s,
+    wasted,
+)
 from decode.stop import spec_kv
-from decode.stop.base import Stop
-from decode.stop.confidence import Confidence
-from decode.stop.dynamic_threshold import DynamicThreshold
-from decode.stop.heuristic import Heuristic
-from decode.stop.spec_kv import SpecKv
-from decode.stop.specdec_pp import SpecDecPp
-from decode.stop.svip import Svip
 from decode.trace import Trace, kept_trace, trace
 from decode.tree.chain import Chain
+from decode.tune_settings import FIXED, Setting, candidates, from_exit
 from decode.verifier.sampling import Sampling
-from models.acceptance import AcceptanceHead
 from models.drafter.base import Drafter
 from models.target import Target
 
-FIXED = "fixed gamma"
-TENTHS = [n / 10 for n in range(1, 10)]
 RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 """What a draft step costs, in plain tokens, where the prediction is asked about other pairs."""
 
@@ -58,16 +59,6 @@ class TunePlan:
                 f"tuning.confirm_prompts={self.confirm_prompts} should be 1 to {LONGEST} (recorded "
                 f"answers go on for {LONGEST} tokens), 1 or more, and 0 or more; give others."
             )
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A rule with its numbers: how to ask for it, and how to make it new for a run of rounds."""
-
-    rule: str
-    words: str
-    gamma: int
-    make: Callable[[], Stop | None]
 
 
 @dataclass(frozen=True)
@@ -151,17 +142,28 @@ def tune(
         "seed": seed,
     }
     answers = recording.answers
-    made = kept_trace(target, drafter, answers, run_dir=run_dir, on_answer=on_answer, **settings)
+    places: list[int | None] = [*range(len(drafter.exit_costs))] or [None]
+    traces = []
+    for place in places:
+        settings["leave_at"] = place
+        traces.append(
+            kept_trace(target, drafter, answers, run_dir=run_dir, on_answer=on_answer, **settings)
+        )
+    made = traces[-1]
     # Looking is timed now, beside everything else that is.
-    made.signal_ms = trace(target, drafter, answers[:1], stride=6, **settings).signal_ms
+    signal_ms = trace(target, drafter, answers[:1], stride=6, **settings).signal_ms
+    for one in traces:
+        one.signal_ms = signal_ms
     prompts = [answer.prompt for answer in recording.answers]
     shared: dict[str, Any] = {"target": target, "drafter": drafter, "temperature": T, "seed": seed}
-    cost = time_rounds(
+    costs = time_rounds(
         prompts=prompts[: plan.timed_prompts], longest=longest, max_new_tokens=limit, **shared
     )
+    cost = costs[-1]
+    exits = [Traced(one, its) for one, its in zip(traces, costs, strict=True)]
     learn_lengths(made, cost, longest, run_dir)
-    tried = list(candidates(longest, head, run_dir))
-    played = {s.words: play(made, s.make(), gamma=s.gamma, cost=cost) for s in tried}
+    tried = list(candidates(longest, head, run_dir, costs))
+    played = {s.words: play(exits, s.make(), gamma=s.gamma) for s in tried}
     fixed = max(
         (s for s in tried if s.rule == FIXED), key=lambda s: tokens_per_s(played[s.words]).value
     )
@@ -186,34 +188,11 @@ def tune(
         settings=predicted,
         best=best,
         confirmed=confirmed,
-        sweep=[_sweep(made, tried, cost, c) for c in RATIOS],
+        sweep=[_sweep(exits, tried, c) for c in RATIOS],
         calibration=None
         if head is None
         else measured(head, Judgements.of(made), 0, len(made.walked)),
     )
-
-
-def candidates(longest: int, head: AcceptanceHead | None, run_dir: Path) -> Iterator[Setting]:
-    """Every rule with the numbers that are tried, spelled as `python -m decode` takes them."""
-    for gamma in range(1, longest + 1):
-        yield Setting(FIXED, f"tree.gamma={gamma}", gamma, lambda: None)
-
-    def rule(name: str, numbers: str, make: Callable[[], Stop]) -> Setting:
-        words = f"tree.gamma={longest} stop={name} {numbers}".strip()
-        return Setting(name, words, longest, make)
-
-    for t in TENTHS:
-        asked = f"stop.threshold={t:g}"
-        yield rule("confidence", asked, lambda t=t: Confidence(threshold=t))
-        yield rule("svip", asked, lambda t=t: Svip(threshold=t))
-        if head is not None:
-            yield rule("specdec_pp", asked, lambda t=t: SpecDecPp(threshold=t, acceptance=head))
-    for start in (2, 5):
-        yield rule("heuristic", f"stop.start={start}", lambda n=start: Heuristic(start=n))
-    for t in (0.2, 0.4):
-        asked = f"stop.threshold={t:g}"
-        yield rule("dynamic_threshold", asked, lambda t=t: DynamicThreshold(threshold=t))
-    yield rule("spec_kv", "", lambda: SpecKv(run_dir=run_dir))
 
 
 def best_of_each(predicted: Sequence[Predicted]) -> list[Predicted]:
@@ -240,15 +219,22 @@ def _predicted(setting: Setting, played: list[Played], fixed: list[Played]) -> P
 
 
 def _sweep(
-    made: Trace, settings: Sequence[Setting], cost: RoundCost, c: float
+    exits: Sequence[Traced], settings: Sequence[Setting], c: float
 ) -> tuple[float, Estimate, str]:
-    """The best rule against the best fixed length where a draft step costs c plain tokens."""
-    free = Trace(made.gamma, made.temperature, made.lag, made.walked, {})
-    other = cost.with_ratio(c)
+    """The best rule against the best fixed length where a draft step costs c plain tokens (that of
+    an earlier exit as much less as it does here)."""
+    last = exits[-1].cost.ratio
+    other = [
+        Traced(
+            replace(one.trace, signal_ms={}),
+            one.cost.with_ratio(c * one.cost.ratio / last if one is not exits[-1] else c),
+        )
+        for one in exits
+    ]
     played = {
-        s.words: play(free, s.make(), gamma=s.gamma, cost=other)
+        s.words: play(other, s.make(), gamma=s.gamma)
         for s in settings
-        if s.rule != "spec_kv"  # it weighs the times it was learned with
+        if s.rule not in ("spec_kv", "del_exit")  # they weigh the times they were given
     }
     rates = {words: tokens_per_s(one).value for words, one in played.items()}
     fixed = max((s.words for s in settings if s.rule == FIXED), key=rates.__getitem__)
@@ -282,25 +268,44 @@ def time_rounds(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-) -> RoundCost:
-    """Mean milliseconds of real rounds with 1, 2, 4, ... drafts, lengths in turns."""
+) -> list[RoundCost]:
+    """Mean milliseconds of real rounds with 1, 2, 4, ... drafts, lengths in turns; for each exit
+    of a drafter that has several."""
     lengths = sorted({1, 2, 4, longest} & set(range(1, longest + 1)))
     say(f"Timing chains of {lengths} drafts on {len(prompts)} prompts.")
-    decoders = {n: decoder(target, drafter, Setting(FIXED, "", n, lambda: None), temperature, seed)
-                for n in lengths}  # fmt: skip
+    places: list[int | None] = [*range(len(drafter.exit_costs))] or [None]
+    decoders = {
+        (place, n): decoder(
+            target,
+            drafter,
+            Setting("", "", n, from_exit(place, drafter.exit_costs)),
+            temperature,
+            seed,
+        )
+        for place in places
+        for n in lengths
+    }
     plain = Decoder(
         target=target, drafter=None, verifier=Sampling(), policy=None, temperature=temperature
     )
-    made = in_turns({**decoders, 0: plain}, prompts, max_new_tokens)
-    parts: dict[str, dict[int, float]] = {"draft_s": {}, "target_s": {}, "verify_s": {}}
-    for n in lengths:
-        rounds = [r for answer in made[n] for r in answer.rounds]
-        for part, found in parts.items():
-            found[n] = 1000.0 * sum(getattr(r, part) for r in rounds) / max(1, len(rounds))
-    rounds = [r for answer in made[0] for r in answer.rounds]
+    made = in_turns({**decoders, "plain": plain}, prompts, max_new_tokens)
+    rounds = [r for answer in made["plain"] for r in answer.rounds]
     plain_s = sum(r.draft_s + r.target_s + r.verify_s for r in rounds)
     plain_ms = 1000.0 * plain_s / max(1, len(rounds))
-    return RoundCost(parts["draft_s"], parts["target_s"], parts["verify_s"], plain_ms)
+
+    def mean_ms(place: int | None, n: int, part: str) -> float:
+        rounds = [r for answer in made[place, n] for r in answer.rounds]
+        return 1000.0 * sum(getattr(r, part) for r in rounds) / max(1, len(rounds))
+
+    return [
+        RoundCost(
+            {n: mean_ms(place, n, "draft_s") for n in lengths},
+            {n: mean_ms(place, n, "target_s") for n in lengths},
+            {n: mean_ms(place, n, "verify_s") for n in lengths},
+            plain_ms,
+        )
+        for place in places
+    ]
 
 
 def decoder(

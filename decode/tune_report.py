@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from decode.plot import BLUE, INK, LINE, QUIET, SAND, TEAL, style
-from decode.tune import FIXED, Confirmed, Predicted, Tuned
+from decode.tune import Confirmed, Predicted, Tuned
+from decode.tune_settings import FIXED
 
 COLORS = {
     FIXED: QUIET,
@@ -17,6 +18,8 @@ COLORS = {
     "heuristic": "#9c6ade",
     "dynamic_threshold": "#c44e52",
     "spec_kv": "#4b8f29",
+    "exit": "#8c6d31",
+    "del_exit": "#d6616b",
 }
 
 

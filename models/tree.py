@@ -77,6 +77,10 @@ class Policy(Protocol):
     begins anew at depth 0.
     """
 
+    def begin(self, drafter: "Drafter") -> None:
+        """A draft is about to be made. Nothing is done unless a policy tells the drafter how."""
+        return
+
     def grow(
         self, depth: int, frontier: Frontier, logits_ND: Tensor, drafter: "Drafter"
     ) -> "Children | None":

@@ -70,6 +70,11 @@ class Stop(ABC):
     def name(self) -> str:
         """The rule in a word, for folders and tables."""
 
+    def begins(self, drafter: Drafter, gamma: int) -> None:
+        """A draft of at most `gamma` tokens is about to be made: a rule may choose the exit it
+        comes from (`drafter.leave_at`), by what earlier rounds have shown."""
+        return
+
     @abstractmethod
     def ends(self, seen: Seen) -> bool:
         """Whether this token is the last of its draft."""

@@ -90,6 +90,10 @@ class Chain(Policy):
             expand = ~self._expand
         return Children(drafter.to_target_ids(drafted), self._parent, draw, expand, q_MV)
 
+    def begin(self, drafter: Drafter) -> None:
+        if self.stop is not None:
+            self.stop.begins(drafter, self.gamma)
+
     def look(self, states_Nd: Tensor) -> None:
         self._states_Nd = states_Nd
 

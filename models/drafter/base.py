@@ -95,6 +95,11 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
     reads_features: bool = True
     """False for a drafter that reads tokens only: it can draft, and be sampled from, without the
     target (training on its own text)."""
+    exit_costs: tuple[float, ...] = ()
+    """What a draft from each exit costs, first to last, as the share of the target's weights that
+    it reads. Empty for a drafter that has one way of drafting."""
+    leave_at: int | None = None
+    """The exit (0-based) that drafts come from in this round, set by `Policy.begin`."""
 
     @property
     def reads_history(self) -> bool:
@@ -290,6 +295,8 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
 
         The drafting `state` is not changed: path memory of the tree lives only in this loop.
         """
+        self.leave_at = None
+        policy.begin(self)
         tokens = [root.reshape(1)]
         device = root.device
         parents = [torch.full((1,), -1, dtype=torch.long, device=device)]

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from models.drafter.base import Depth, Frontier
+from models.drafter.base import Depth, Drafter, Frontier
 from models.drafter.causal_lm import CausalLm
 from models.head import Head
 from models.lm_exits import ExitCache, RecalledHead, pieces, run_piece
+from models.lm_shape import layer_list
 from models.lm_state import LmState, Memory, plan_step
-from models.target import Features
+from models.target import Features, Target
 
 
 class SortedLm(CausalLm):
@@ -31,7 +32,8 @@ class SortedLm(CausalLm):
     that stand at one depth leave together, when all of them are sure. A token that left early has
     no keys in deeper layers: its hidden state waits, and is read there with the next token that
     goes deeper. The exit depends on q alone and q is the distribution drawn from, so sampling stays
-    exact. Without thresholds every draft takes all layers.
+    exact. Without thresholds every draft takes all layers, and where a policy names an exit
+    (`leave_at`) all drafts of the round leave there.
 
     One sorted model for several targets (S2D): with embedding=own and an own or tied head it serves
     every target with the same vocabulary. Train it for one, and go on for another with
@@ -108,6 +110,18 @@ class SortedLm(CausalLm):
     def head(self, depth: int) -> Head:
         return self._recalled[0]
 
+    def bind(self, target: Target) -> Drafter:
+        super().bind(target)
+        # Rows of an embedding are looked up one by one; all other weights are read for each draft.
+        last = sum(p.numel() for p in self.vocab_head.parameters())
+        rows = self.draft_vocab_size or self.vocab_size
+        last = last or rows * self.hidden_size
+        _, layers = layer_list(self.inner)
+        sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+        whole = sum(p.numel() for p in target.model.parameters())
+        self.exit_costs = tuple((sum(sizes[:n]) + last) / whole for n in self.exits)
+        return self
+
     def unroll(self, features: Features, tokens_BT: Tensor) -> Iterator[Depth]:
         hidden_BTd = self.embed(tokens_BT)
         for view in self._pieces[0]:
@@ -124,12 +138,13 @@ class SortedLm(CausalLm):
         assert isinstance(cache, ExitCache)
         flow_1Rd = states_Nd = self.embed(step.tokens_1N)
         e, last = 0, len(self.exits) - 1
+        end = last if self.leave_at is None else self.leave_at
         for e, view in enumerate(self._pieces[0]):
             flow_1Rd = run_piece(view, e, flow_1Rd, memory, self.dtype)
-            if e < last and self.thresholds is None:
+            if e < end and (self.thresholds is None or self.leave_at is not None):
                 continue
             states_Nd = self.inner.norm(flow_1Rd[:, -rows:])[0]
-            if e == last or self._sure(e, states_Nd):
+            if e == end or self._sure(e, states_Nd):
                 break
         self.exits_taken[e] += 1
         if e < last:

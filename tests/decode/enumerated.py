@@ -44,10 +44,15 @@ def distributions(sizes: Sequence[tuple[int, int]]) -> list[tuple[Tensor, Tensor
 
 
 class TableDrafter:
-    """Drafts by a table: text -> q. The drafting state is the text of every frontier node."""
+    """Drafts by a table: text -> q. The drafting state is the text of every frontier node.
+
+    It has two exits: the first drafts from the reversed rows.
+    """
 
     max_depth = None
     propose: Any = Drafter.propose
+    exit_costs = (0.1, 0.3)
+    leave_at: int | None = None
 
     def __init__(self, q: dict[tuple, Tensor]) -> None:
         self.q = q
@@ -60,7 +65,8 @@ class TableDrafter:
             assert state is not None
             rows = zip(frontier.parents_N.tolist(), frontier.tokens_N.tolist(), strict=True)
             texts = [(*state[parent], token) for parent, token in rows]
-        return texts, torch.stack([self.q[text] for text in texts]).log()
+        rows_ND = torch.stack([self.q[text] for text in texts]).log()
+        return texts, rows_ND.flip(-1) if self.leave_at == 0 else rows_ND
 
     def head(self, depth: int) -> Callable[[Tensor], Tensor]:
         return lambda states_ND: states_ND

@@ -8,10 +8,12 @@ import torch
 
 from decode.answers import record
 from decode.prompts import Prompt
-from decode.simulate import RoundCost, gain, play, tau, tokens_per_s, wasted
+from decode.simulate import RoundCost, Traced, gain, play, tau, tokens_per_s, wasted
 from decode.stop.base import Stop
 from decode.stop.confidence import Confidence
+from decode.stop.del_exit import DelExit
 from decode.stop.dynamic_threshold import DynamicThreshold
+from decode.stop.exit import Exit
 from decode.stop.heuristic import Heuristic
 from decode.stop.specdec_pp import SpecDecPp
 from decode.stop.svip import Svip
@@ -60,7 +62,7 @@ def test_rounds_are_those_of_the_decoder(target: Target, traced: tuple, rule: st
     tests); one rule serves all answers, so what it learns is carried on alike."""
     drafter, recording, made = traced
     policy = Chain(gamma=5, stop=RULES[rule](drafter.acceptance))
-    played = play(made, RULES[rule](drafter.acceptance), gamma=5, cost=COST)
+    played = play([Traced(made, COST)], RULES[rule](drafter.acceptance), gamma=5)
     lengths = set()
     for answer, found in zip(recording.answers, played, strict=True):
         rounds = walk(target, drafter, policy, answer, max_new_tokens=24)
@@ -70,6 +72,34 @@ def test_rounds_are_those_of_the_decoder(target: Target, traced: tuple, rule: st
         assert found.accepted == sum(r.accepted for r in rounds)
         lengths |= {r.depth for r in rounds}
     assert rule == "none" or lengths - {5}, "no draft ended early"
+
+
+def test_rounds_from_several_exits_are_those_of_the_decoder(target: Target, traced: tuple) -> None:
+    """Each exit has a trace of its own; the rule says which one a round is read from."""
+    drafter, recording, _ = traced
+    settings: dict = {"gamma": 5, "temperature": 0.0, "max_new_tokens": 24}
+    exits = [
+        Traced(trace(target, drafter, recording.answers, leave_at=e, **settings), COST)
+        for e in (0, 1)
+    ]
+    assert not np.array_equal(
+        exits[0].trace.walked[0].accepted_I, exits[1].trace.walked[0].accepted_I
+    )
+
+    def rule() -> DelExit:
+        return DelExit(exit_costs=drafter.exit_costs, costs=[0.15, 0.25], probe=3)
+
+    policy = Chain(gamma=5, stop=rule())
+    played = play(exits, rule(), gamma=5)
+    for answer, found in zip(recording.answers, played, strict=True):
+        rounds = walk(target, drafter, policy, answer, max_new_tokens=24)
+        assert found.rounds == len(rounds)
+        assert found.produced == sum(r.produced for r in rounds)
+        assert found.drafted == sum(r.depth for r in rounds)
+        assert found.accepted == sum(r.accepted for r in rounds)
+    fixed = play(exits, Exit(exit=0, exit_costs=drafter.exit_costs), gamma=5)
+    alone = play(exits[:1], None, gamma=5)
+    assert fixed == alone != play(exits, None, gamma=5)
 
 
 def by_hand() -> Trace:
@@ -95,16 +125,16 @@ def by_hand() -> Trace:
 def test_rounds_and_times_by_hand() -> None:
     cost = RoundCost({1: 2.0, 2: 4.0}, {1: 20.0, 2: 21.0}, {1: 1.0, 2: 1.0}, 19.0)
     # At 1 two are kept and one comes: 4. There one is kept of two: 6, the end.
-    (whole,) = play(by_hand(), None, gamma=2, cost=cost)
+    (whole,) = play([Traced(by_hand(), cost)], None, gamma=2)
     assert (whole.rounds, whole.produced, whole.drafted, whole.accepted) == (2, 5, 4, 3)
     assert whole.seconds == pytest.approx(2 * 26.0 / 1000)
     # best < 0.5 ends behind the token: at 1 behind the second, at 4 behind the first.
-    (ended,) = play(by_hand(), Confidence(threshold=0.5), gamma=2, cost=cost)
+    (ended,) = play([Traced(by_hand(), cost)], Confidence(threshold=0.5), gamma=2)
     assert (ended.rounds, ended.produced, ended.drafted, ended.accepted) == (2, 5, 3, 3)
     # Three rows were looked at: log q and its largest, 0.75 ms each.
     assert ended.seconds == pytest.approx((26.0 + 23.0 + 3 * 0.75) / 1000)
     # One draft a round: 1 -> 3, 3 -> 4, 4 -> 6.
-    (short,) = play(by_hand(), None, gamma=1, cost=cost)
+    (short,) = play([Traced(by_hand(), cost)], None, gamma=1)
     assert (short.rounds, short.produced) == (3, 5)
     assert tokens_per_s([whole]).value == pytest.approx(5 / 0.052)
     assert tau([whole]).value == 2.5
@@ -115,7 +145,7 @@ def test_rounds_and_times_by_hand() -> None:
 def test_the_end_of_an_answer_adds_no_token() -> None:
     made = by_hand()
     made.walked[0].accepted_I[:] = [0, 0, 0, 0, 1]
-    (found,) = play(made, None, gamma=2, cost=COST)
+    (found,) = play([Traced(made, COST)], None, gamma=2)
     # Four rounds of one token each, then the accepted end without a bonus.
     assert (found.rounds, found.produced) == (5, 5)
 

@@ -127,8 +127,9 @@ class EchoState:
 class Echo(Drafter):
     """Drafts with the target itself, disturbed by noise: right often, wrong often enough.
 
-    With noise 0 every first draft is right. It keeps the features it was given, so that a test can
-    compare them with those of a fresh forward. Slow; only for tests.
+    With noise 0 every first draft is right. Its first exit of two has twice the noise. It keeps the
+    features it was given, so that a test can compare them with those of a fresh forward. Slow; only
+    for tests.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class Echo(Drafter):
         self.frozen = FrozenHead(hidden_size=hidden_size, vocab_size=vocab_size)
         self.unused = torch.nn.Parameter(torch.zeros(1))
         self.last_state: EchoState | None = None
+        self.exit_costs = (0.1, 0.3)
 
     @property
     def num_depths(self) -> int:
@@ -183,7 +185,8 @@ class Echo(Drafter):
         states_Nd = self.target.forward(texts_NT).final_BTd[:, -1]
         for row, text in enumerate(texts_NT.tolist()):
             generator = torch.Generator().manual_seed(hash(tuple(text)) % 2**31)
-            states_Nd[row] += self.noise * torch.randn(self.hidden_size, generator=generator)
+            noise = self.noise * (2.0 if self.leave_at == 0 else 1.0)
+            states_Nd[row] += noise * torch.randn(self.hidden_size, generator=generator)
         return texts_NT, states_Nd
 
 

@@ -33,7 +33,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "specdec_pp": {"threshold": 0.6},
     "heuristic": {"start": 2},
     "dynamic_threshold": {"threshold": 0.4},
+    "del_exit": {"probe": 2, "costs": [1.2, 1.5]},
 }
+NEVER_EARLY = {"exit"}
 V, GAMMA, LENGTH = 2, 3, 3
 
 
@@ -62,7 +64,7 @@ def run_dir(tmp_path: Path) -> Path:
 def rule(name: str, run_dir: Path, judge: AcceptanceHead) -> Stop:
     node: Any = OmegaConf.load(ROOT / "conf" / "stop" / f"{name}.yaml")
     node = OmegaConf.merge(node, SETTINGS.get(name, {}))
-    return build(node, acceptance=judge, run_dir=run_dir)
+    return build(node, acceptance=judge, exit_costs=TableDrafter.exit_costs, run_dir=run_dir)
 
 
 @pytest.fixture
@@ -75,9 +77,9 @@ def rounds(
     p: dict[tuple, Tensor], q: dict[tuple, Tensor], stop: Stop, chance: Scripted, verifier: Any
 ) -> tuple[tuple, list[int]]:
     """Rounds of one decoder until LENGTH tokens are known: a rule may learn in between. Returns
-    the text and the length of every draft."""
+    the text and by how much every draft was shorter than it could have been."""
     text: tuple = ()
-    policy, lengths = Chain(gamma=GAMMA, temperature=1.0, stop=stop), []
+    policy, short = Chain(gamma=GAMMA, temperature=1.0, stop=stop), []
     policy._chance = chance  # type: ignore[assignment]
     while len(text) < LENGTH:
         policy.gamma = min(GAMMA, LENGTH - len(text))
@@ -88,8 +90,8 @@ def rounds(
         accepted = len(verdict.path) - 1
         policy.verified(accepted + int(accepted < len(tree) - 1), accepted)
         text = (*texts[verdict.path[-1]], verdict.token)
-        lengths.append(len(tree) - 1)
-    return text, lengths
+        short.append(policy.gamma - (len(tree) - 1))
+    return text, short
 
 
 @pytest.mark.usefixtures("double")
@@ -97,15 +99,15 @@ def rounds(
 @pytest.mark.parametrize("verifier", [Sampling(), Block()], ids=["sampling", "block"])
 def test_the_law_of_several_rounds_is_the_targets(name: str, verifier: Any, run_dir: Path) -> None:
     p, q = tables(1, V, LENGTH), tables(2, V, LENGTH, sharpness=2.0)
-    lengths: Counter[int] = Counter()
+    short: Counter[int] = Counter()
 
     def round_(chance: Scripted) -> tuple:
         text, made = rounds(p, q, rule(name, run_dir, TableJudge()), chance, verifier)
-        lengths.update(made[:1])
+        short.update(made)
         return text
 
     assert law_error(p, V, LENGTH, round_) < 1e-12
-    assert set(lengths) - {GAMMA}, "no draft ended early"
+    assert set(short) - {0} or name in NEVER_EARLY, "no draft ended early"
 
 
 @pytest.mark.usefixtures("double")

@@ -1,0 +1,45 @@
+"""A tuning of a drafter with several exits: every exit is traced, timed and confirmed."""
+
+from pathlib import Path
+
+import pytest
+
+from decode.answers import record
+from decode.prompts import Prompt
+from decode.session import Decoder
+from decode.stop.exit import Exit
+from decode.tree.chain import Chain
+from decode.tune import TunePlan, tune
+from decode.verifier.sampling import Sampling
+from models.target import Target
+from tests.decode.toy import PROMPTS
+from tests.models.drafter.test_sorted_lm import sorted_lm
+
+
+def test_exits_are_settings_too(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRAFTSMITH_CACHE", str(tmp_path / "cache"))
+    prompts = [Prompt(f"p{i}", tokens, "") for i, tokens in enumerate(PROMPTS)]
+    recording = record(target, prompts, bench="toy", max_new_tokens=12)
+    drafter = sorted_lm(target)
+    plan = TunePlan(gamma=2, timed_prompts=1, confirm_prompts=4)
+    made = tune(target=target, drafter=drafter, recording=recording, plan=plan, run_dir=tmp_path)
+    words = [p.words for p in made.settings]
+    assert [w for w in words if "stop=exit" in w] == [
+        f"tree.gamma={n} stop=exit stop.exit={e}" for e in (0, 1) for n in (1, 2)
+    ]
+    rules = {c.rule: c for c in made.confirmed}
+    assert {"exit", "del_exit"} <= set(rules)
+    assert rules["del_exit"].words.startswith("tree.gamma=2 stop=del_exit stop.costs=[")
+    assert len(list((tmp_path / "tune").glob("trace-*"))) == 3
+    # What is predicted of an exit is what the decoder does with it.
+    for place in (0, 1):
+        policy = Chain(gamma=2, stop=Exit(exit=place, exit_costs=drafter.exit_costs))
+        decoder = Decoder(target=target, drafter=drafter, verifier=Sampling(), policy=policy)
+        real = [decoder.generate(p.tokens, max_new_tokens=12) for p in prompts]
+        rounds = [r for answer in real for r in answer.rounds]
+        found = next(
+            p for p in made.settings if p.words.endswith(f"=2 stop=exit stop.exit={place}")
+        )
+        assert found.tau.value == pytest.approx(sum(r.produced for r in rounds) / len(rounds))
