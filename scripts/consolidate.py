@@ -4,7 +4,7 @@ python -m scripts.consolidate run=runs/eagle3/<id>                     the newes
 python -m scripts.consolidate run=... checkpoint=checkpoints/step-00000500.ckpt
 
 Whichever strategy trained it and on however many processes: checkpoints are whole files. A run
-that comes to its end does this by itself.
+that comes to its end does this by itself. An acceptance head comes with it, not calibrated yet.
 """
 
 from pathlib import Path
@@ -18,9 +18,11 @@ import conf.resolvers  # noqa: F401
 from conf.check import build, friendly_errors
 from conf.console import say
 from data_prep.pipeline import DatasetFolder
+from models.drafter.load import load_drafter
 from models.target import Target
-from train.finish import drafter_state, save_drafter
-from train.resume import UNREADABLE, find_checkpoint, read_config, read_step
+from train.acceptance import Acceptance
+from train.finish import load_weights, save_drafter, weights_of
+from train.resume import UNREADABLE, find_checkpoint, read_config, read_step, start_folder
 from train.run import calibration_texts, make_drafter
 
 
@@ -46,14 +48,18 @@ def consolidate(run: Path, checkpoint: str | None, out: str | None) -> Path:
         raise ValueError(f"{folder} is there already and is not written over; give another out=.")
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     target: Target = build(settings.target)
-    drafter = make_drafter(settings.drafter, target)
-    state = drafter_state(content)
-    if drafter.draft_ids_D is not None:
-        drafter.set_vocab(state["draft_ids_D"])
-    data = DatasetFolder(Path(settings.dataset.root).expanduser() / settings.dataset.name)
-    # Some families get their parts (adapters) here; all weights are then the checkpoint's.
-    drafter.bind(target).init_from(target, calibration_texts(data.reader("train")))
-    drafter.load_state_dict(state)
+    plan: Acceptance | None = build(settings.get("acceptance"))
+    if plan is not None:
+        drafter = load_drafter(start_folder(settings.start), target)
+        drafter.set_acceptance(plan.head(drafter))
+    else:
+        drafter = make_drafter(settings.drafter, target)
+        if drafter.draft_ids_D is not None:
+            drafter.set_vocab(weights_of(content, "drafter")["draft_ids_D"])
+        data = DatasetFolder(Path(settings.dataset.root).expanduser() / settings.dataset.name)
+        # Some families get parts (adapters) here; all weights are then the checkpoint's.
+        drafter.bind(target).init_from(target, calibration_texts(data.reader("train")))
+    load_weights(drafter, content)
     save_drafter(drafter, folder)
     say(f"The drafter after step {step} of {run} is in {folder}.")
     return folder

@@ -194,30 +194,36 @@ class AcceptanceModule(DraftModule):
         return nn.ModuleList([self.drafter, self.judge])
 
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, Whole):
-            raise ValueError(
-                "An acceptance head is trained in one process or with trainer=ddp, but "
-                f"{type(self.trainer.strategy).__name__} shards the drafter it reads, and the head "
-                "is small; use trainer=ddp."
-            )
         super().configure_model()
+        if self.plain.acceptance is not None and self.plain is not self.drafter:
+            self.plain.acceptance.to("cpu")
+
+    def whole_drafter(self) -> Drafter:
+        drafter, strategy = super().whole_drafter(), self.trainer.strategy
+        if isinstance(strategy, Whole):
+            assert drafter.acceptance is not None
+            drafter.acceptance.load_state_dict(strategy.whole_module(self.judge))
+        return drafter
+
+    def remade(self, drafter: Drafter) -> "AcceptanceModule":
+        made = super().remade(drafter)
+        assert isinstance(made, AcceptanceModule)
+        assert drafter.acceptance is not None
+        made.judge, made.plan, made._sums = drafter.acceptance, self.plan, self._sums
+        return made
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        with self.trainer.precision_plugin.forward_context():
+            return self._step(batch)
+
+    def _step(self, batch: Batch) -> Tensor:
         if self.plan.frozen:
             self.drafter.eval()
         with torch.set_grad_enabled(not self.plan.frozen):
             features, lesson, depths = self._unrolled(batch)
         judged = self._judged(batch, features, lesson, depths)
         loss = judged.loss(self.plan.rejection_weight)
-        if batch.ends_step:
-            step = self.global_step + 1
-            numbers = {
-                "train/loss": float(loss.detach()),
-                "train/accuracy_0": float(judged.first),
-                "train/lr": float(self.optimizers().param_groups[0]["lr"]),  # type: ignore[union-attr]
-                "epoch": batch.epoch,
-            }
-            self._log(numbers, step=step, log=step % self.trainer.log_every_n_steps == 0)  # type: ignore[attr-defined]
+        self._report_step(batch, torch.stack([loss.detach(), judged.first.detach()]))
         if self.plan.frozen:
             return loss
         own = chunked_loss(
@@ -229,6 +235,24 @@ class AcceptanceModule(DraftModule):
             chunk_rows=self.chunk_rows,
         )
         return own.total * (self._shares / batch.normalizer) + self.plan.weight * loss
+
+    def _report_step(self, batch: Batch, numbers_2: Tensor) -> None:
+        """Log means over the micro-batches and ranks of an optimizer step."""
+        self._step_sums.append(numbers_2.float())
+        if not batch.ends_step:
+            return
+        mean_2 = torch.stack(self._step_sums).mean(0)
+        self._step_sums.clear()
+        if self.trainer.world_size > 1:
+            mean_2 = self.trainer.strategy.reduce(mean_2, reduce_op="mean")
+        step = self.global_step + 1
+        numbers = {
+            "train/loss": float(mean_2[0]),
+            "train/accuracy_0": float(mean_2[1]),
+            "train/lr": float(self.optimizers().param_groups[0]["lr"]),  # type: ignore[union-attr]
+            "epoch": batch.epoch,
+        }
+        self._log(numbers, step=step, log=step % self.trainer.log_every_n_steps == 0)  # type: ignore[attr-defined]
 
     def _unrolled(self, batch: Batch) -> tuple[Features, Lesson, list[Depth]]:
         features, logz_BT = self._features(batch)
@@ -303,8 +327,9 @@ class AcceptanceModule(DraftModule):
         if batch.repeated:
             return
         # The same candidates at every validation.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(batch_idx)
+        context = self.trainer.precision_plugin.forward_context()
+        with torch.random.fork_rng(devices=[]), context:
+            torch.manual_seed(batch_idx * self.trainer.world_size + self.trainer.global_rank)
             judged = self._judged(batch, *self._unrolled(batch))
         shifted = Judged(
             judged.logits_N + torch.log(torch.tensor(self.plan.rejection_weight)),

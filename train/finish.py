@@ -90,15 +90,22 @@ def _trained(module: DraftModule, resumed: Path | None) -> Drafter:
     if drafter is module.drafter:
         return drafter
     assert resumed is not None
-    content = torch.load(resumed, map_location="cpu", weights_only=True)
-    drafter.load_state_dict(drafter_state(content))
+    load_weights(drafter, torch.load(resumed, map_location="cpu", weights_only=True))
     return drafter
 
 
-def drafter_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The drafter's weights in a checkpoint."""
+def load_weights(drafter: Drafter, checkpoint: dict[str, Any]) -> None:
+    """A checkpoint's weights, of the drafter and of its acceptance head if it has one."""
+    drafter.load_state_dict(weights_of(checkpoint, "drafter"))
+    if drafter.acceptance is not None:
+        drafter.acceptance.load_state_dict(weights_of(checkpoint, "judge"))
+
+
+def weights_of(checkpoint: dict[str, Any], part: str) -> dict[str, Any]:
+    """The weights of a part of the trained module."""
     weights: dict[str, Any] = checkpoint["state_dict"]
-    return {name.removeprefix("drafter."): value for name, value in weights.items()}
+    start = f"{part}."
+    return {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
 
 
 @torch.no_grad()

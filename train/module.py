@@ -85,7 +85,7 @@ class DraftModule(LightningModule):
 
     def remade(self, drafter: Drafter) -> "DraftModule":
         """The same around a drafter that is trained."""
-        made = DraftModule(**self._made | {"drafter": drafter, "recompute": False})
+        made = type(self)(**self._made | {"drafter": drafter, "recompute": False})
         made.end_with(drafter)
         made.tally, made.validated_step = self.tally, self.validated_step
         return made

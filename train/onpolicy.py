@@ -286,6 +286,7 @@ def collate(rows: Sequence[Sampled], planned: Batch, normalizer: int) -> Batch:
         normalizer=normalizer,
         learned=int(learn_BT.sum()),
         index=planned.index,
+        place=planned.place,
         ends_step=planned.ends_step,
         epoch=planned.epoch,
         context_BS=tokens_BT,

@@ -58,10 +58,11 @@ class Preemption(Callback):
         self._received: Cause | None = None
         self._after_validation: Cause | None = None
         self._before: dict[str, Any] = {}
-        end = os.environ.get("SLURM_JOB_END_TIME")
-        self._end = float(end) if end else None
+        self._end: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:  # the others hear of it
+            self._end = job_end()
         # After Lightning's own handlers, one of which talks to other processes from the handler.
         for name in SIGNALS:
             self._before[name] = signal.signal(getattr(signal, name), self._note)
@@ -136,6 +137,28 @@ class Preemption(Callback):
             if trainer.is_global_zero:
                 queue_again()
         raise Preempted(cause, step, queued=queued)
+
+
+def job_end() -> float | None:
+    """When Slurm will end the job this process belongs to (seconds since 1970), if it is in one.
+
+    Before Slurm 23.02 a job's environment does not say it.
+    """
+    env = os.environ
+    if env.get("SLURM_JOB_END_TIME"):
+        return float(env["SLURM_JOB_END_TIME"])
+    if "SLURM_JOB_ID" not in env:
+        return None
+    ask = ["squeue", "--noheader", "--jobs", env["SLURM_JOB_ID"], "--format=%e"]
+    try:
+        done = subprocess.run(
+            ask, env=env | {"SLURM_TIME_FORMAT": "%s"}, capture_output=True, text=True, timeout=60
+        )
+        return float(done.stdout)  # "N/A" without a limit
+    except (OSError, subprocess.TimeoutExpired, ValueError):
+        job = env["SLURM_JOB_ID"]
+        say(f"Slurm does not say when job {job} ends: the run does not stop before that by itself.")
+        return None
 
 
 def queue_again() -> None:

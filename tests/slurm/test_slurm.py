@@ -98,6 +98,36 @@ def test_a_preempted_job_is_queued_again_and_ends_as_if_it_had_not_been(
         assert (run_dir / file).read_bytes() == (whole / file).read_bytes()
 
 
+def test_a_job_stops_before_its_time_limit_and_goes_on_in_another(
+    slurm: None, recipe: Recipe, tmp_path: Path
+) -> None:
+    """Its five minutes are less than the margin: a step, a checkpoint, and in the queue again."""
+    settings = [
+        "trainer.max_steps=6",
+        "trainer.epochs=null",
+        "data.tokens_per_batch=96",
+        "callbacks.preemption.margin_seconds=400",
+        "final_decode=null",
+    ]
+    whole = recipe.run(tmp_path / "whole", *settings)
+    ours = [o for o in recipe.overrides if not o.startswith("final_decode")]
+    run_dir, log = tmp_path / "job", tmp_path / "job.log"
+    arguments = ["--time=5", "slurm/train.sbatch", *ours, *settings, f"hydra.run.dir={run_dir}"]
+    job = submit(log, *arguments)
+    end = time.monotonic() + 200
+    while not log.exists() or f"Slurm job {job} is queued again" not in log.read_text():
+        assert time.monotonic() < end, log.read_text()[-3000:]
+        time.sleep(0.1)
+    run("scontrol", "update", f"jobid={job}", "TimeLimit=60")
+    wait(job, log)
+    said = log.read_text()
+    assert "Stopping after step 1 (time limit): its checkpoint is written." in said
+    assert f"Resuming {run_dir} after step 1." in said
+    assert said.count("Stopping after") == 1
+    for file in ("metrics.csv", "drafter/model.safetensors", "rank_accuracy.json"):
+        assert (run_dir / file).read_bytes() == (whole / file).read_bytes()
+
+
 def test_an_array_answers_a_dataset(slurm: None, recipe: Recipe, tmp_path: Path) -> None:
     """Two elements, one of them again, and the job that joins them: the dataset of one process."""
     wanted = [o for o in recipe.overrides if o.lstrip("+").startswith(("target", "dataset"))]

@@ -1,16 +1,23 @@
 """A dataset of the tiny target, and the command line that trains on it."""
 
+import csv
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
 
 import conf.resolvers  # noqa: F401  (conf/train.yaml uses them)
 from train.run import train as train_run
 
+ROOT = Path(__file__).parents[2]
 WORDS = ("the cat sat", "on the mat", "and a dog", "ran to", "what is two", "plus four", "please")
 
 
@@ -62,3 +69,47 @@ class Recipe:
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory, target_dir: Path) -> Recipe:
     return Recipe(tmp_path_factory.mktemp("train"), target_dir)
+
+
+# --- two real processes --------------------------------------------------------------------------
+
+
+def place(name: str) -> list[str]:
+    return [f"trainer={name}", "trainer.precision=float32", "trainer.devices=2", "trainer.nodes=1"]
+
+
+def on_two_processes(plan: list[dict[str, Any]], folder: Path, timeout: float = 300.0) -> None:
+    """Make a plan's runs (tests/train/ranks.py), one after the other, in one pair of processes."""
+    (folder / "plan.json").write_text(json.dumps(plan))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    done = subprocess.run(
+        [*command, "-m", "tests.train.ranks", str(folder / "plan.json")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    (folder / "log.txt").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
+def rows(run_dir: Path) -> list[dict[str, float]]:
+    """metrics.csv without the columns that measure time."""
+    with (run_dir / "metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    return [{k: float(v) for k, v in r.items() if v and "_seconds" not in k} for r in table]
+
+
+def assert_same(run_dir: Path, reference: Path, *, atol: float = 1e-6) -> None:
+    """The same curve, weights and ranks, but for the order of sums."""
+    ours, theirs = rows(run_dir), rows(reference)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    a, b = (load_file(d / "drafter" / "model.safetensors") for d in (run_dir, reference))
+    assert a.keys() == b.keys()
+    for name, weight in a.items():
+        torch.testing.assert_close(weight, b[name], rtol=1e-5, atol=atol)
+    ranks = [json.loads((d / "rank_accuracy.json").read_text()) for d in (run_dir, reference)]
+    assert ranks[0] == ranks[1]

@@ -1,10 +1,7 @@
 """Two real processes (Gloo) and one: the same numbers, whatever shares the work."""
 
-import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.conftest import Recipe
+from scripts.consolidate import consolidate
+from tests.train.conftest import Recipe, assert_same, on_two_processes, place
 from train.resume import find_checkpoint
 
-ROOT = Path(__file__).parents[2]
 STRATEGIES = ("ddp", "fsdp2", "deepspeed_1", "deepspeed_2", "deepspeed_3")
 # Dropout, a layer over all positions, accumulation, validation and checkpoints out of step.
 SETTINGS = [
@@ -26,15 +23,12 @@ SETTINGS = [
     "trainer.epochs=null",
     "trainer.val_every_steps=4",
     "callbacks.checkpoints.every_steps=3",
+    "callbacks.checkpoints.keep_every_steps=10",
     "data.tokens_per_batch=96",
     "final_decode=null",
 ]
 # Each strategy in turn is stopped after these steps: at checkpoints, at a validation, between them.
 STOPS = {"ddp": 2, "fsdp2": 4, "deepspeed_1": 6, "deepspeed_2": 8, "deepspeed_3": 10}
-
-
-def place(name: str) -> list[str]:
-    return [f"trainer={name}", "trainer.precision=float32", "trainer.devices=2", "trainer.nodes=1"]
 
 
 @pytest.fixture(scope="module")
@@ -55,37 +49,8 @@ def folder(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
         resume = [f"resume={folder / 'relay'}"] if name != "ddp" else []
         overrides = [*place(name), *ours, *SETTINGS, *resume]
         plan.append({"run_dir": str(folder / "relay"), "overrides": overrides, "stop": stop})
-    (folder / "plan.json").write_text(json.dumps(plan))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    done = subprocess.run(
-        [*command, "-m", "tests.train.ranks", str(folder / "plan.json")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    (folder / "log.txt").write_text(done.stdout + done.stderr)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    on_two_processes(plan, folder)
     return folder
-
-
-def rows(run_dir: Path) -> list[dict[str, float]]:
-    with (run_dir / "metrics.csv").open() as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-
-
-def assert_same(run_dir: Path, reference: Path) -> None:
-    ours, theirs = rows(run_dir), rows(reference)
-    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
-    for row, expected in zip(ours, theirs, strict=True):
-        assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    a, b = (load_file(d / "drafter" / "model.safetensors") for d in (run_dir, reference))
-    assert a.keys() == b.keys()
-    for name, weight in a.items():
-        torch.testing.assert_close(weight, b[name], rtol=1e-5, atol=1e-6)
-    ranks = [json.loads((d / "rank_accuracy.json").read_text()) for d in (run_dir, reference)]
-    assert ranks[0] == ranks[1]
 
 
 @pytest.mark.slow
@@ -111,6 +76,15 @@ def test_one_run_goes_through_all_strategies_and_back_to_one_process(
     assert states[0]["state"].keys() == states[1]["state"].keys()
     for ours, theirs in zip(*(s["param_groups"] for s in states), strict=True):
         assert ours["params"] == theirs["params"]
+    # As a drafter folder it is what one process had learned by then.
+    step = f"step-{STOPS['deepspeed_3']:08d}.ckpt"
+    ours, theirs = (
+        load_file(consolidate(run, name, str(folder / f"{run.name}-drafter")) / "model.safetensors")
+        for run, name in ((relay, None), (folder / "one", f"checkpoints/{step}"))
+    )
+    assert ours.keys() == theirs.keys()
+    for key, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[key], rtol=1e-5, atol=1e-6)
     copy = folder / "relay-on-one"
     shutil.copytree(relay, copy)
     recipe.run(copy, f"resume={copy}", placed=True)

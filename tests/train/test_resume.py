@@ -2,10 +2,12 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from models.drafter.load import drafter_class
 from tests.train.conftest import Recipe
 from train.loggers import RunCSV
 from train.module import DraftModule
+from train.preemption import Preempted
 from train.resume import find_checkpoint, read_config
 
 ROOT = Path(__file__).parents[2]
@@ -90,23 +93,41 @@ def test_interrupted_twice(
     same_run(run_dir, whole)
 
 
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path: Path) -> None:
+    """Of a weight: torch.load reads it as if nothing had happened."""
+    name, weight = next(iter(torch.load(path, weights_only=True)["state_dict"].items()))
+    content = bytearray(path.read_bytes())
+    content[content.index(weight.contiguous().numpy().tobytes()) + 2] ^= 0b100
+    path.write_bytes(content)
+    read = torch.load(path, weights_only=True)["state_dict"][name]
+    assert int((read != weight).sum()) == 1
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit])
 def test_a_corrupt_checkpoint_gives_way_to_the_one_before(
     recipe: Recipe,
     whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
 ) -> None:
     run_dir = tmp_path / "run"
     interrupted_run(recipe, monkeypatch, 10, run_dir, *SETTINGS)
     last = run_dir / "checkpoints" / "last.ckpt"
     assert find_checkpoint(run_dir).step == 9
-    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    damage(last)
     (run_dir / "checkpoints" / "writing.ckpt").write_bytes(b"half of a newer one")
     point = find_checkpoint(run_dir)
     assert point.path is not None
     assert (point.path.name, point.step) == ("previous.ckpt", 8)
-    assert "cannot be read" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"Warning: the checkpoint \S*last\.ckpt cannot be read \(", said)
+    assert ("checksum of" in said) == (damage is flip_a_bit)
     recipe.run(run_dir, f"resume={run_dir}")
     same_run(run_dir, whole)
 
@@ -161,3 +182,21 @@ def test_sigkill_at_random_points(recipe: Recipe, tmp_path: Path) -> None:
         process = start(f"resume={run_dir}")
     assert process.wait(300) == 0
     same_run(run_dir, reference)
+
+
+def test_the_end_of_a_slurm_job_stops_a_run_before_it(
+    recipe: Recipe, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`margin_seconds` before it: checkpoint, stop, and go on where there is time again."""
+    run_dir = tmp_path / "run"
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 120))
+    with pytest.raises(Preempted) as stopped:
+        recipe.run(run_dir, *SETTINGS, "callbacks.preemption.margin_seconds=300")
+    assert (stopped.value.cause, stopped.value.step, stopped.value.queued) == (
+        "time limit", 1, False,
+    )  # fmt: skip
+    assert stopped.value.exit_code == 128 + signal.SIGUSR1
+    assert find_checkpoint(run_dir).step == 1
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 3600))
+    recipe.run(run_dir, f"resume={run_dir}")
+    same_run(run_dir, whole)

@@ -68,14 +68,23 @@ class DeepSpeed(Whole, DeepSpeedStrategy):
         )
 
     def _setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        made = super()._setup_model_and_optimizer(*args, **kwargs)
+        engine, made = super()._setup_model_and_optimizer(*args, **kwargs)
         if self.zero_stage_3:
             from deepspeed.runtime.zero.partition_parameters import register_external_parameter
 
             # The loss multiplies heads outside of their own forward: a step gathers all weights.
             for parameter in self._module.parameters():
                 register_external_parameter(self._module, parameter)
-        return made
+            # Parts of the drafter then gather nothing. DeepSpeed would also want each process to
+            # call them equally often, but how often depends on its micro-batch. Two hooks a module,
+            # those of the whole one last.
+            zero: Any = made
+            offload = zero.parameter_offload
+            for hooks in (offload.forward_hooks, offload.backward_hooks):
+                for hook in hooks[:-2]:
+                    hook.remove()
+                del hooks[:-2]
+        return engine, made
 
     # --- whole tensors of what is sharded --------------------------------------------------------
 
