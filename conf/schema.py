@@ -223,6 +223,16 @@ class ConsolidateConfig:
 
 
 @dataclass
+class CurvesConfig:
+    """`python -m scripts.curves`"""
+
+    name: str = "curves"
+    runs: list[str] = MISSING
+    output: str = MISSING
+    numbers: list[str] = MISSING
+
+
+@dataclass
 class UploadConfig:
     """`python -m scripts.upload`"""
 
@@ -251,6 +261,7 @@ def register() -> None:
     store.store(name="trim_schema", node=TrimConfig)
     store.store(name="families_schema", node=FamiliesConfig)
     store.store(name="consolidate_schema", node=ConsolidateConfig)
+    store.store(name="curves_schema", node=CurvesConfig)
     store.store(name="upload_schema", node=UploadConfig)
 
 

@@ -178,6 +178,11 @@ class Target:
             inner[self.num_layers] = made[0] if isinstance(made, tuple) else made
         return Features(out.last_hidden_state, inner)
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """All decoder layers."""
+        return self._decoder_layers(self.model.get_decoder())
+
     def _decoder_layers(self, decoder: nn.Module) -> nn.ModuleList:
         """The list of all decoder layers."""
         for module in decoder.modules():

@@ -23,6 +23,7 @@ from train.onpolicy import OnPolicy, dealt
 from train.progress import count_again
 from train.recompute import recompute_activations
 from train.strategy.fsdp2 import FSDP2
+from train.strategy.target import shard_target
 from train.strategy.whole import Whole, whole_context
 from train.teacher import Teacher
 from train.weighting import Situation, Weighting
@@ -52,6 +53,7 @@ class DraftModule(LightningModule):
         onpolicy: OnPolicy | None = None,
         weighting: Weighting | None = None,
         recompute: bool = False,
+        shards_target: bool = False,
     ) -> None:
         super().__init__()
         self._made = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -81,11 +83,13 @@ class DraftModule(LightningModule):
         self._trained: list[Drafter] = []
         self._groups: list[list[nn.Parameter]] = []
         teacher.set_vocab(drafter.draft_ids_D)
-        self._recompute = recompute
+        self._recompute, self._shard_target = recompute, shards_target
 
     def remade(self, drafter: Drafter) -> "DraftModule":
         """The same around a drafter that is trained."""
-        made = type(self)(**self._made | {"drafter": drafter, "recompute": False})
+        made = type(self)(
+            **self._made | {"drafter": drafter, "recompute": False, "shards_target": False}
+        )
         made.end_with(drafter)
         made.tally, made.validated_step = self.tally, self.validated_step
         return made
@@ -95,6 +99,13 @@ class DraftModule(LightningModule):
     def configure_model(self) -> None:
         """Before the optimizer is made: a sharding strategy takes the drafter apart."""
         strategy = self.trainer.strategy
+        if self._shard_target:
+            target, local = self.teacher.target, self.trainer.num_devices
+            shard_target(target, device=strategy.root_device, local=local)
+            # What was read from it before lies where it was.
+            self.teacher.set_vocab(self.drafter.draft_ids_D)
+            self.drafter.bind(target)
+            self._shard_target = False
         if isinstance(strategy, Whole) and not self._plain:
             target = self.teacher.target
             shared = {id(part): part for part in (target, target.model, *target.model.modules())}

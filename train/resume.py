@@ -15,6 +15,8 @@ from conf.console import say
 from train.callbacks import LAST, PREVIOUS
 from train.strategy.place import Place, shared_step
 
+PLACED = ("strategy", "devices", "nodes", "shard_target")
+"""Settings of a trainer that say how a run is spread over processes."""
 UNREADABLE = (
     RuntimeError,
     EOFError,
@@ -84,7 +86,7 @@ def resumed_config(run_dir: Path, trainer: DictConfig | None) -> DictConfig:
     cfg = read_config(run_dir)
     if trainer is None:
         return cfg
-    places = {key: trainer.get(key) for key in ("strategy", "devices", "nodes") if key in trainer}
+    places = {key: trainer.get(key) for key in PLACED if key in trainer}
     for key in places:
         cfg.trainer.pop(key, None)  # as a whole: a strategy's keys are its own
     return _merged(cfg, {"trainer": places})

@@ -53,12 +53,14 @@ from train.resume import (
     with_fixed_start,
 )
 from train.strategy.place import Place, find_place
+from train.strategy.target import check_shared, load_on_host
 from train.teacher import Teacher
 from train.writer import check_family
 
 SUPPLIED = RUNTIME_NAMES | {
     "accuracy_KR",
     "callbacks",
+    "device",
     "data",
     "loggers",
     "place",
@@ -98,17 +100,23 @@ def train(cfg: DictConfig, run_dir: Path, *, placed: bool = False) -> Path:
     cfg = with_accumulation(cfg, run_dir, place)
     if cfg.onpolicy is not None:
         check_family(cfg.drafter)
+    if cfg.trainer.get("shard_target", False):
+        check_shared(cfg, place)
     _quieten()
     dataset: Dataset = build(cfg.dataset)
     mix: Mix | None = build(cfg.mix)
-    target: Target = build(cfg.target)
+    device: torch.device | None = None
+    if cfg.trainer.get("shard_target", False):
+        target, device = load_on_host(cfg.target)
+    else:
+        target = build(cfg.target)
     if is_first_process() and not (run_dir / ".hydra" / "config.yaml").is_file():
         write_config(run_dir, cfg)
     build(cfg.teacher, target=target).check(build(cfg.loss), dataset)
     folder = dataset.prepare(target)
     if mix is not None:
         mix.prepare(target)
-    job = _assemble(cfg, run_dir, target, folder, point, mix, place)
+    job = _assemble(cfg, run_dir, target, folder, point, mix, place, device)
     if is_first_process():
         write_json(run_dir / "run.json", job.facts | {"finished": False})
     say(f"Run folder: {run_dir}")
@@ -137,6 +145,7 @@ def _assemble(
     point: ResumePoint,
     mix: Mix | None,
     place: Place,
+    device: torch.device | None,
 ) -> Job:
     """Everything a run is made of."""
     own: Any = folder.reader("train")
@@ -186,6 +195,7 @@ def _assemble(
         onpolicy=onpolicy,
         weighting=build(cfg.weighting, target=target),
         recompute=cfg.trainer.get("recompute", False),
+        shards_target=device is not None,
         make_optimizer=lambda groups: build(cfg.optimizer, params=groups),
         make_scheduler=lambda optimizer: build(
             cfg.scheduler, optimizer=optimizer, total_steps=data.total_steps
@@ -201,6 +211,7 @@ def _assemble(
         target=target,
         data=data,
         place=place,
+        device=device,
         run_dir=run_dir,
         callbacks=callbacks,
         loggers=list((loggers or {}).values()),

@@ -17,10 +17,10 @@ from train.strategy.place import Count, Place
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
-def pick_precision(precision: Precision, target: Target) -> Literal["32-true", "bf16-mixed"]:
+def pick_precision(precision: Precision, device: torch.device) -> Literal["32-true", "bf16-mixed"]:
     """`auto` is bf16 where the hardware multiplies it natively. Master weights are always fp32."""
     if precision == "auto":
-        precision = "bfloat16" if has_fast_bf16(target.device) else "float32"
+        precision = "bfloat16" if has_fast_bf16(device) else "float32"
     return "bf16-mixed" if precision == "bfloat16" else "32-true"
 
 
@@ -32,6 +32,7 @@ def make_trainer(
     callbacks: list[Any],
     loggers: list[Any],
     place: Place | None = None,
+    device: torch.device | None = None,
     epochs: int | None = 1,  # noqa: ARG001  (read by the plan of batches)
     max_steps: int | None = None,  # noqa: ARG001
     accumulate: int = 1,
@@ -42,15 +43,17 @@ def make_trainer(
     log_every_steps: int = 1,
     devices: Count = 1,  # noqa: ARG001  (`place` says how many they are)
     nodes: Count = 1,  # noqa: ARG001
+    shard_target: bool = False,  # noqa: ARG001  (read by the module)
     strategy: Strategy | Literal["auto"] = "auto",
     deterministic: bool = False,
 ) -> pl.Trainer:
     """A Trainer that runs the plan of batches once: to Lightning the whole run is one epoch.
 
     `epochs` and `max_steps` bound the plan, so they do not appear here. `val_every_steps` null
-    validates about once an epoch of the data.
+    validates about once an epoch of the data. `device` is where this process trains (null: where
+    the target is).
     """
-    place = place or Place()
+    place, device = place or Place(), device or target.device
     if strategy == "auto" and place.world > 1:
         raise ValueError(
             f"trainer.strategy=auto trains in one process, but trainer.devices and trainer.nodes "
@@ -58,7 +61,7 @@ def make_trainer(
             "deepspeed_2 or deepspeed_3."
         )
     every = val_every_steps or max(1, int(data.steps_per_epoch()))
-    chosen = pick_precision(precision, target)
+    chosen = pick_precision(precision, device)
     plugins: list[Any] = []
     if isinstance(strategy, DeepSpeed):
         if len(data.plan) % (accumulate * place.world):
@@ -68,13 +71,13 @@ def make_trainer(
                 "trainer.max_steps or more data."
             )
         dtype = torch.bfloat16 if chosen == "bf16-mixed" else None
-        plugins.append(Fp32Weights(dtype=dtype, device_type=target.device.type))
+        plugins.append(Fp32Weights(dtype=dtype, device_type=device.type))
     if SLURMEnvironment.detect():
         # Preemption is ours (train/preemption.py): Lightning would save in the middle of a step.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     return pl.Trainer(
         default_root_dir=run_dir,
-        accelerator="cpu" if target.device.type == "cpu" else "gpu",
+        accelerator="cpu" if device.type == "cpu" else "gpu",
         devices=place.devices,
         num_nodes=place.nodes,
         strategy=strategy,

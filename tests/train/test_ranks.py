@@ -103,3 +103,18 @@ def test_a_step_is_shared_by_divisors_only(folder: Path, recipe: Recipe, tmp_pat
 def test_several_processes_need_a_strategy(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="choose how they share the work: trainer=ddp"):
         recipe.run(tmp_path / "run", "trainer.devices=2")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "but trainer.devices is 1"),
+        (["trainer=ddp", "trainer.devices=2"], "but final_decode runs it in one process alone"),
+    ],
+)
+def test_a_target_in_shards_needs_processes_that_all_run_it(
+    recipe: Recipe, tmp_path: Path, given: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe.run(tmp_path / "run", *given, "trainer.shard_target=true")
+    assert not (tmp_path / "run").exists()

@@ -1,11 +1,13 @@
 """Every drafter family on two processes (Gloo): the numbers of one, whatever shares the work."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from models.target import Target
 from tests.train.conftest import Recipe, assert_same, on_two_processes, place
 
 FAMILIES = sorted(p.stem for p in (Path(__file__).parents[2] / "conf" / "drafter").glob("*.yaml"))
@@ -52,6 +54,15 @@ def folder(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     add("judged_too", [*judging, "acceptance.frozen=false", "acceptance.reads=drawn"])
     add("recomputed", ["+experiment=small_lm", "trainer.recompute=true"], alone=False)
     add("onpolicy", ["+experiment=small_lm", *WRITING], alone=False)
+    reading = ["+experiment=eagle3", "teacher=online"]
+    add("online", [*reading, "trainer.shard_target=true"], alone=False)
+    recipe.run(
+        folder / "online" / "one",
+        *reading,
+        *SETTINGS,
+        "trainer.accumulate=2",
+        without="final_decode",
+    )
     on_two_processes(plan, folder, timeout=400)
     return folder
 
@@ -88,3 +99,18 @@ def test_activations_computed_again_are_the_same(folder: Path, name: str) -> Non
 @pytest.mark.parametrize("name", ["fsdp2", "deepspeed_3"])
 def test_a_sharded_drafter_writes_what_a_whole_one_does(folder: Path, name: str) -> None:
     assert_same(folder / "onpolicy" / name, folder / "onpolicy" / "ddp", atol=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_target_in_shards_is_the_same_target(folder: Path, name: str) -> None:
+    """Its features, inner layers and logits, computed in every step."""
+    assert_same(folder / "online" / name, folder / "online" / "one", atol=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_each_process_holds_half_of_the_layers(folder: Path, target: Target) -> None:
+    layers = sum(p.numel() for p in target.layers.parameters())
+    half = (target.num_parameters - layers / 2) / 1e6
+    said = re.findall(r"each process holds ([\d.]+) M", (folder / "log.txt").read_text())
+    assert said == [f"{half:.2f}"] * len(STRATEGIES)
