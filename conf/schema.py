@@ -49,6 +49,7 @@ class DataPrepConfig:
     name: str = MISSING
     target: Any = MISSING
     dataset: Any = MISSING
+    server: Any = None
     estimate: bool = False
     part: int | None = None
     parts: int = 1

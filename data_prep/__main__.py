@@ -4,6 +4,9 @@ python -m data_prep dataset=quickstart                  prepare it, or continue
 python -m data_prep dataset=quickstart estimate=true    tokens, disk and hours; writes nothing
 python -m data_prep dataset=quickstart part=3 parts=16  one job's share of the answers
 python -m data_prep dataset=quickstart show=5           samples coloured by the learn mask
+python -m data_prep dataset=broad server=running 'server.urls=[http://localhost:8000/v1]'
+                                                        servers of the target answer (server=vllm
+                                                        starts one)
 """
 
 import hydra
@@ -14,6 +17,7 @@ from conf.console import say
 from data_prep.doctor import Doctor
 from data_prep.manifest import SPLITS
 from data_prep.pipeline import Dataset
+from data_prep.server.base import Server
 from models.target import Target
 
 
@@ -22,7 +26,8 @@ def main(cfg: DictConfig) -> None:
     """Check everything, then estimate, prepare or show."""
     with friendly_errors():
         check(cfg)
-        dataset: Dataset = build(cfg.dataset)
+        server: Server | None = build(cfg.server)
+        dataset: Dataset = build(cfg.dataset, server=server)
         target: Target = build(cfg.target)
         if cfg.estimate:
             say(f"Dataset '{dataset.name}' with target '{target.name}' would take:")

@@ -29,11 +29,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """The new tokens; the end-of-answer token is their last one when `finish_reason` is eos."""
+    """The new tokens; the end-of-answer token is their last one when `finish_reason` is eos.
+
+    `engine` is the server that gave them ("vllm 0.32.0"; None: our own target), `logprobs` what it
+    said of each token's log p, where it was asked.
+    """
 
     id: str
     tokens: list[int]
     finish_reason: Literal["eos", "length"]
+    engine: str | None = None
+    logprobs: list[float] | None = None
 
 
 class Generator:

@@ -26,16 +26,16 @@ from conf.console import say
 from data_prep.chat import prompt_tokens
 from data_prep.conversation import Conversation, prompt_id, spread
 from data_prep.doctor import Doctor
+from data_prep.folder import DatasetFolder
 from data_prep.generate import Request
+from data_prep.journal import JOURNAL, answered_by
 from data_prep.manifest import (
     MANIFEST,
     SPLITS,
     Split,
-    dataset_hash,
     describe_target,
     draftsmith_version,
     read_manifest,
-    require_same_target,
     verify,
     verify_tokens,
     write_json,
@@ -43,13 +43,14 @@ from data_prep.manifest import (
 from data_prep.progress import clock
 from data_prep.prompts import Prompt
 from data_prep.recipe import require_same_recipe
+from data_prep.server.base import Server
 from data_prep.shards import Example, ShardReader, write_tokens
 from data_prep.source import Source
 from data_prep.source.self_written import SelfWritten
 from data_prep.stage.capture import FEATURES, Capture
 from data_prep.stage.collect import PROMPTS, REPORT, Collected, collect, load
 from data_prep.stage.estimate import Estimate, estimate
-from data_prep.stage.respond import JOURNAL, Respond
+from data_prep.stage.respond import Respond
 from data_prep.stage.tokenize import Tokenize
 from models.target import Target
 
@@ -58,34 +59,12 @@ GUESSED_PROMPT = 48
 """Tokens of a prompt that the target has not written yet, for estimates only."""
 
 
-class DatasetFolder:
-    """A finished dataset on disk."""
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self.manifest: dict[str, Any] = read_manifest(self.path)
-
-    @property
-    def hash(self) -> str:
-        return dataset_hash(self.manifest)
-
-    def reader(self, split: Split) -> ShardReader:
-        return ShardReader(self.path, split)
-
-    def check(self, target: Target, *, layers: tuple[int, ...] | None = None) -> None:
-        """Refuse a target, chat template or layer set that these shards were not made for."""
-        require_same_target(self.manifest, target, where=str(self.path), layers=layers)
-
-    def verify(self) -> None:
-        """Compare every shard's size and sha256 with the manifest."""
-        verify(self.path, self.manifest)
-
-
 class Dataset:
     """What to read, how to get answers, and where it is kept.
 
     Exactly one of `respond` (the target answers) and `tokenize` (the data's own answers) is given.
-    `holdout` prompts, those with the lowest hash of their id, become the validation split.
+    `holdout` prompts, those with the lowest hash of their id, become the validation split. With a
+    `server` the target answers there.
     """
 
     def __init__(
@@ -99,12 +78,18 @@ class Dataset:
         respond: Respond | None = None,
         tokenize: Tokenize | None = None,
         capture: Capture | None = None,
+        server: Server | None = None,
     ) -> None:
         if (respond is None) == (tokenize is None):
             raise ValueError(
                 f"dataset '{name}' has {'both' if respond else 'neither'} of respond and tokenize; "
                 "expected exactly one, because answers come either from the target (respond) or "
                 "from the data (tokenize). Set the other to null."
+            )
+        if server is not None and respond is None:
+            raise ValueError(
+                f"dataset '{name}' takes the data's own answers (tokenize), so there is nothing "
+                "for a server to answer; leave server out."
             )
         for source in sources:
             if source.benchmark:
@@ -116,6 +101,7 @@ class Dataset:
         self.name, self.folder = name, Path(root).expanduser() / name
         self.sources, self.holdout, self.max_prompt_tokens = sources, holdout, max_prompt_tokens
         self.respond, self.tokenize, self.capture = respond, tokenize, capture
+        self.server = server
 
     # --- commands --------------------------------------------------------------------------------
 
@@ -175,7 +161,9 @@ class Dataset:
             require_same_recipe(self.folder, self._recipe(target))
             conversations = self._conversations(target)
         prompts = self._prompts(target, conversations)
-        count = self.respond.run_part(target, prompts, self.folder, part=part, parts=parts)
+        count = self.respond.run_part(
+            target, prompts, self.folder, part=part, parts=parts, server=self.server
+        )
         say(f"Dataset '{self.name}': part {part} of {parts} has its {count:,} answers.")
 
     def estimate(self, target: Target) -> Estimate:
@@ -242,10 +230,8 @@ class Dataset:
         if self._answered:
             say("2. respond: all answers are there already.")
         elif self.respond:
-            say(
-                f"2. respond: the target answers, at most {expected.answer_tokens:,} tokens in "
-                f"{clock(expected.respond_seconds)}."
-            )
+            how = "in " + clock(expected.respond_seconds) if self.server is None else "on a server"
+            say(f"2. respond: the target answers, at most {expected.answer_tokens:,} tokens {how}.")
         else:
             say(f"2. tokenize: {expected.prompt_tokens:,} tokens of the data's own answers.")
         if capture:
@@ -289,13 +275,15 @@ class Dataset:
             conversations=len(conversations),
             capture=capture,
             compare=compare,
+            elsewhere=self.server is not None,
         )
 
     def _examples(self, target: Target, conversations: list[Conversation]) -> list[Example]:
         if self.tokenize:
             return self.tokenize.run(target, conversations)
         assert self.respond is not None
-        return self.respond.run(target, self._prompts(target, conversations), self.folder)
+        prompts = self._prompts(target, conversations)
+        return self.respond.run(target, prompts, self.folder, server=self.server)
 
     def _write(
         self, target: Target, conversations: list[Conversation], examples: list[Example]
@@ -322,6 +310,7 @@ class Dataset:
             "target": describe_target(target),
             "recipe": self._recipe(target),
             "sources": report,
+            "answers": answered_by(self.folder / JOURNAL) if self.respond else [],
             "features": None,
             "signals": {},
             "splits": splits,

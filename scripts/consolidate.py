@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 import conf.resolvers  # noqa: F401
 from conf.check import build, friendly_errors
 from conf.console import say
-from data_prep.pipeline import DatasetFolder
+from data_prep.folder import DatasetFolder
 from models.drafter.load import load_drafter
 from models.target import Target
 from train.acceptance import Acceptance

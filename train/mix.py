@@ -10,7 +10,8 @@ from torch import Tensor
 
 from conf.console import say
 from data_prep.conversation import spread
-from data_prep.pipeline import Dataset, DatasetFolder
+from data_prep.folder import DatasetFolder
+from data_prep.pipeline import Dataset
 from data_prep.shards import Example, ShardReader
 from data_prep.signal import SignalRows
 from models.target import Features, Target

@@ -24,7 +24,8 @@ from omegaconf import DictConfig
 import conf.resolvers  # noqa: F401  (for ${first_set:...} in conf/train.yaml)
 from conf.check import RUNTIME_NAMES, build, check
 from conf.console import console, is_first_process, say
-from data_prep.pipeline import Dataset, DatasetFolder
+from data_prep.folder import DatasetFolder
+from data_prep.pipeline import Dataset
 from data_prep.shards import ShardReader
 from decode.measure import measure
 from decode.prompts import HeldOut

@@ -61,7 +61,7 @@ class Estimate:
     """`answer_tokens` and all that follows from it are upper bounds: answers may end earlier.
 
     `taught` counts tokens to learn, answers or not. `teachers` compares kinds of teachers, when
-    asked for.
+    asked for. `elsewhere`: a server answers, whose time `respond_seconds` does not hold.
     """
 
     prompts: int
@@ -74,6 +74,7 @@ class Estimate:
     capture_seconds: float
     free_bytes: int
     teachers: list[TeacherCost] = field(default_factory=list)
+    elsewhere: bool = False
 
     @property
     def bytes(self) -> int:
@@ -92,8 +93,9 @@ class Estimate:
             f"  disk      at most {self.bytes / 1e9:.3g} GB "
             f"(captured {self.capture_bytes / 1e9:.3g} GB); free {self.free_bytes / 1e9:.1f} GB"
         )
+        answering = "(without the server's) " if self.elsewhere else ""
         say(
-            f"  time      at most {self.seconds / 3600:.2f} hours: answering "
+            f"  time      at most {self.seconds / 3600:.2f} hours: answering {answering}"
             f"{clock(self.respond_seconds)}, capturing {clock(self.capture_seconds)} "
             "(measured just now on this machine)"
         )
@@ -128,10 +130,12 @@ def estimate(
     conversations: int = 0,
     capture: Capture | None,
     compare: bool = False,
+    elsewhere: bool = False,
 ) -> Estimate:
     """The cost of answering the requests of `answer` (or of `examples` that are there).
 
     `write` are prompts the target writes itself before; `compare` asks for `Estimate.teachers`.
+    `elsewhere` leaves out the time of answering: a server does it.
     """
     requests = list(answer[1]) if answer else []
     prompt_tokens = sum(len(r.tokens) for r in requests) + sum(len(e.tokens) for e in examples)
@@ -139,7 +143,7 @@ def estimate(
     taught = answer_tokens + sum(int(e.learn[1:].sum()) for e in examples)
     seconds = 0.0
     generator = answer[0] if answer else Generator(target=target)
-    batches = generator.batches([*requests, *write]) if requests or write else []
+    batches = generator.batches([*write] if elsewhere else [*requests, *write])
     probe = sorted(examples, key=lambda e: stable_hash(e.id))  # of all sources alike
     if batches:
         speed = measure(generator, batches[len(batches) // 2])
@@ -167,6 +171,7 @@ def estimate(
         else 0.0,
         free_bytes=free_bytes(folder),
         teachers=[*_whole(target, capture, total), *costs] if compare else [],
+        elsewhere=elsewhere,
     )
 
 

@@ -8,11 +8,14 @@ batch, same seeds, same answers).
 Several jobs may share the batches: part i of n answers every n-th batch into a journal of its own,
 `respond.jsonl.part-i-of-n`, and can be run again at any time. What the parts have answered is not
 answered again when all of it is put together.
+
+A server answers the same requests one by one: its answers are appended as they come, so a kill
+loses those in flight. Who gave an answer is written beside it, and is no part of the recipe: greedy
+or sampled, it is the target's own either way.
 """
 
 import fcntl
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,12 +27,12 @@ from typing_extensions import TypedDict
 from conf.console import say
 from data_prep.conversation import prompt_id, stable_hash
 from data_prep.generate import Answer, Generator, Request
+from data_prep.journal import JOURNAL, Journal, read_journal
 from data_prep.progress import Progress
 from data_prep.prompts import Prompt
+from data_prep.server.base import Server
 from data_prep.shards import Example
 from models.target import Target
-
-JOURNAL = "respond.jsonl"
 
 
 class Sampling(TypedDict):
@@ -84,10 +87,20 @@ class Respond:
             for j, sampling in enumerate(self.samples)
         ]
 
-    def run(self, target: Target, prompts: Sequence[Prompt], folder: Path) -> list[Example]:
-        """Answer what `folder`'s journal does not hold yet; examples in the prompts' order."""
+    def run(
+        self,
+        target: Target,
+        prompts: Sequence[Prompt],
+        folder: Path,
+        *,
+        server: Server | None = None,
+    ) -> list[Example]:
+        """Answer what `folder`'s journal does not hold yet; examples in the prompts' order.
+
+        With a `server` it is the target there that answers.
+        """
         requests = self.requests(prompts)
-        answers = self._answers(target, requests, folder)
+        answers = self._answers(target, requests, folder, server)
         categories = {p.id: p.category for p in prompts}
         return [
             to_example(request, answers[request.id], categories[prompt_id(request.id)])
@@ -95,7 +108,14 @@ class Respond:
         ]
 
     def run_part(
-        self, target: Target, prompts: Sequence[Prompt], folder: Path, *, part: int, parts: int
+        self,
+        target: Target,
+        prompts: Sequence[Prompt],
+        folder: Path,
+        *,
+        part: int,
+        parts: int,
+        server: Server | None = None,
     ) -> int:
         """Answer part `part` (0-based) of `parts`; returns how many answers it has."""
         requests = self.requests(prompts)
@@ -106,13 +126,14 @@ class Respond:
         with path.open("ab") as lock:
             # The same part twice at a time: the second waits, and finds everything answered.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            return len(self._answer(target, batches, path, header, read_journal(path, header)))
+            answers = read_journal(path, header)
+            return len(self._answer(target, batches, path, header, answers, server))
 
     def _header(self, target: Target, requests: Sequence[Request]) -> dict[str, Any]:
         return {"target": target.fingerprint(), **asdict(self), "requests": _digest(requests)}
 
     def _answers(
-        self, target: Target, requests: Sequence[Request], folder: Path
+        self, target: Target, requests: Sequence[Request], folder: Path, server: Server | None
     ) -> dict[str, Answer]:
         finished = folder / JOURNAL
         partial = folder / f"{JOURNAL}.partial"
@@ -132,7 +153,7 @@ class Respond:
                     known = [answered[r.id] for r in batch if r.id in answered]
                     journal.append(known, {r.id: r for r in batch})
             answers |= answered
-        answers = self._answer(target, batches, partial, header, answers)
+        answers = self._answer(target, batches, partial, header, answers, server)
         partial.rename(finished)
         for path in parts:
             path.unlink()
@@ -145,93 +166,33 @@ class Respond:
         path: Path,
         header: dict[str, Any],
         answers: dict[str, Answer],
+        server: Server | None,
     ) -> dict[str, Answer]:
         """Append to the journal `path` what the batches ask and `answers` lacks; returns all."""
         total, done = sum(len(batch) for batch in batches), len(answers)
         if answers:
             say(f"respond: {done} of {total} answers were already there.")
-        generator = self.generator(target)
+        left = [[r for r in batch if r.id not in answers] for batch in batches]
+        asked = {r.id: r for batch in left for r in batch}
         with (
             Journal(path, header) as journal,
             Progress("the target answers", total=total, unit="answers", done=done) as progress,
         ):
-            for batch in batches:
-                missing = {r.id for r in batch} - answers.keys()
-                if not missing:
-                    continue
-                made = generator.answer_batch(batch)
-                fresh = [a for a in made if a.id in missing]
-                journal.append(fresh, {r.id: r for r in batch})
-                answers |= {a.id: a for a in fresh}
+
+            def keep(made: Sequence[Answer]) -> None:
+                fresh = [a for a in made if a.id in asked]
+                journal.append(fresh, asked)
+                answers.update({a.id: a for a in fresh})
                 progress.advance(len(fresh), tokens=sum(len(a.tokens) for a in made))
+
+            if server is not None:
+                server.answer(target, list(asked.values()), on_answers=keep)
+                return answers
+            generator = self.generator(target)
+            for batch, missing in zip(batches, left, strict=True):
+                if missing:
+                    keep(generator.answer_batch(batch))
         return answers
-
-
-class Journal:
-    """An append-only file of answers, one JSON line each under a header line."""
-
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        self.path, self.header = path, header
-
-    def __enter__(self) -> "Journal":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
-        if self._file.tell() == 0:
-            self._write([self.header])
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def append(self, answers: Sequence[Answer], requests: dict[str, Request]) -> None:
-        """On the disk when this returns."""
-        self._write(
-            [
-                asdict(answer)
-                | {
-                    "temperature": requests[answer.id].temperature,
-                    "top_p": requests[answer.id].top_p,
-                    "seed": requests[answer.id].seed,
-                }
-                for answer in answers
-            ]
-        )
-
-    def _write(self, lines: Sequence[dict[str, Any]]) -> None:
-        self._file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-
-def read_journal(path: Path, header: dict[str, Any]) -> dict[str, Answer]:
-    """The answers in a journal, after cutting off a last line that was only half written.
-
-    Raises ValueError when the journal belongs to other prompts or settings, or is damaged inside.
-    """
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-            os.fsync(file.fileno())
-    lines = content[:whole].splitlines()
-    if not lines:
-        return {}
-    try:
-        parsed = [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"The journal {path} is damaged ({error}); delete it to let the target answer anew."
-        ) from error
-    differing = [k for k in header if parsed[0].get(k) != header[k]]
-    if differing:
-        raise ValueError(
-            f"The answers in {path} were made with other settings ({', '.join(differing)} differ); "
-            "go back to those settings, give the dataset another name, or delete its folder."
-        )
-    return {
-        line["id"]: Answer(line["id"], line["tokens"], line["finish_reason"]) for line in parsed[1:]
-    }
 
 
 def to_example(request: Request, answer: Answer, category: str | None) -> Example:

@@ -1,43 +1,13 @@
-"""Programs that run in an engine's environment, and that are over when we are done with them."""
+"""Scripts that run with the Python of an engine's environment."""
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-LAST_LINES = 25
-PATIENCE_S = 15.0
-"""How long a program may take to end after it was asked to."""
-
-
-@contextmanager
-def running(
-    command: Sequence[str], *, log: Path, environment: Mapping[str, str]
-) -> Iterator[subprocess.Popen[bytes]]:
-    """The program, in a process group of its own that is ended for sure on the way out.
-
-    What it prints goes to `log`. `environment` is added to ours.
-    """
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-            cwd=log.parent,
-            start_new_session=True,
-        )
-        try:
-            yield process
-        finally:
-            _end(process)
+from data_prep.process import last_lines, running
 
 
 def call_driver(
@@ -75,19 +45,3 @@ def call_driver(
 def driver_file(driver: str) -> Path:
     """The script of that name."""
     return Path(__file__).parent / "drivers" / f"{driver}.py"
-
-
-def last_lines(log: Path) -> str:
-    """The end of what a program printed."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask the whole group to end, wait, and kill what is left of it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(PATIENCE_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

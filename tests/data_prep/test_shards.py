@@ -4,8 +4,8 @@ import pickle
 import pytest
 import torch
 
+from data_prep.folder import DatasetFolder
 from data_prep.manifest import dataset_hash, read_manifest, require_same_target
-from data_prep.pipeline import DatasetFolder
 from data_prep.shards import Example, ShardReader, write_tokens
 from data_prep.stage.capture import Capture
 from tests.data_prep.common import dataset

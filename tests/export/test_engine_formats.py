@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_prep.process import last_lines, running
 from decode.session import Decoder
 from decode.verifier.greedy import Greedy
 from export.base import HERE, Exporter
-from export.engine.process import last_lines, running
 from export.engine.vllm import Vllm
 from export.gate import follow
 from export.speculators import SpeculatorsExporter

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from data_prep.process import running
 from export.engine.environment import STAMP, Environment, Pip
-from export.engine.process import call_driver, running
+from export.engine.process import call_driver
 from export.engine.vllm import Vllm, speculative_options
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from conf.check import build
-from data_prep.pipeline import DatasetFolder
+from data_prep.folder import DatasetFolder
 from tests.train.conftest import Recipe
 from tests.train.conftest import recipe as recipe
 
