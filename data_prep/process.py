@@ -11,7 +11,7 @@ from pathlib import Path
 LAST_LINES = 25
 PATIENCE_S = 15.0
 """How long a program may take to end after it was asked to."""
-GUARD = f"read _; kill -TERM -- -$0; sleep {PATIENCE_S:.0f}; kill -KILL -- -$0"
+GUARD = f"read _; kill -TERM -$0; sleep {PATIENCE_S:.0f}; kill -KILL -$0"
 """Waits for the end of a pipe whose other end is ours alone: even SIGKILL closes it."""
 
 

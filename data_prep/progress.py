@@ -46,6 +46,11 @@ class Progress:
             seconds = time.monotonic() - self._start
             say(f"{self.what}: done in {clock(seconds)}{self._speed(seconds)}")
 
+    def restart(self) -> None:
+        """The work begins now; what came before was waiting."""
+        self._start = self._last = time.monotonic()
+        self._bar.reset(self._task, total=self.total, completed=self.done)
+
     def advance(self, steps: int, *, tokens: int = 0) -> None:
         self.done = min(self.done + steps, self.total)
         self._fresh += steps

@@ -11,6 +11,7 @@ has made must equal what an undisturbed one made. Printed: how many of each kind
     corrupted shard       a byte of a token shard is changed before training
     corrupted checkpoint  a byte of last.ckpt is changed after a kill
     a rank that dies      SIGKILL for one of two processes of a training
+    a dead server         SIGKILL for the server that answers, with requests in flight
 """
 
 import json
@@ -34,6 +35,7 @@ import data_prep.__main__
 import decode.__main__
 import export.__main__
 import train.__main__
+from tests.data_prep.serving import Serving
 from tests.tiny import tiny_target
 
 MAINS: dict[str, Callable[[], None]] = {
@@ -209,6 +211,29 @@ class Drill:
         self._compare("train", where, ["a rank that dies"], exact=False)
         self.survived["a rank that dies"] += 1
 
+    def server_dies(self) -> None:
+        """The command must end, and go on with the server that comes after."""
+        where = self.folder / "served"
+        shutil.rmtree(where, ignore_errors=True)
+        attempt = self.attempt("data_prep", where)
+        server, port = serve()
+        attempt.arguments += ["server=running", f"server.urls=[http://127.0.0.1:{port}/v1]"]
+        attempt.arguments += ["server.concurrency=2", "server.patience_seconds=0.5"]
+        asking = attempt.start()
+        partial = where / "data" / "tiny" / "respond.jsonl.partial"
+        lines = self.rng.randint(2, 12)
+        while not partial.exists() or partial.read_bytes().count(b"\n") < lines:
+            assert os.waitpid(asking, os.WNOHANG)[0] == 0, attempt.log.read_text()[-3000:]
+            time.sleep(0.002)
+        end(server)
+        assert os.waitstatus_to_exitcode(os.waitpid(asking, 0)[1]) == 2
+        assert "No server has answered" in attempt.log.read_text()
+        server, _ = serve(port)
+        assert attempt.run() == 0, attempt.log.read_text()[-3000:]
+        end(server)
+        self._compare("served", where, ["a dead server"])
+        self.survived["a dead server"] += 1
+
     def _point(self, where: Path) -> None:
         """A copied run names the data beside it."""
         config = where / "run" / ".hydra" / "config.yaml"
@@ -228,12 +253,28 @@ class Drill:
 
 
 RESULTS = {
+    "served": ["data/tiny/*/*.parquet", "data/tiny/*/*.safetensors"],
     "data_prep": ["data/tiny/manifest.json", "data/tiny/*/tokens-*.parquet"],
     "train": ["run/metrics.csv", "run/drafter/model.safetensors", "run/rank_accuracy.json"],
     "decode": ["run/decode/*/results.json"],
     "export": ["run/export/hf/model.safetensors", "run/export/hf/config.json"],
 }
 """What must be equal in the end."""
+
+
+def serve(port: int = 0) -> tuple[int, int]:
+    """A server of the target in a process of its own: its id and port."""
+    serving = Serving(tiny_target(), port=port)
+    pid = os.fork()
+    if not pid:
+        serving.http.serve_forever()
+    serving.http.server_close()
+    return pid, serving.port
+
+
+def end(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def exported(command: str, where: Path) -> bool:
@@ -259,7 +300,7 @@ def flip(rng: random.Random, path: Path) -> bool:
     return True
 
 
-def drill(folder: Path, kills: int, seed: int, ranks: int) -> Counter[str]:
+def drill(folder: Path, kills: int, seed: int, ranks: int, servers: int) -> Counter[str]:
     """Rounds over all stages until `kills` disturbances were survived."""
     torch.set_num_threads(1)
     made = Drill(folder, seed)
@@ -269,8 +310,10 @@ def drill(folder: Path, kills: int, seed: int, ranks: int) -> Counter[str]:
         turn += 1
     for _ in range(ranks):
         made.rank_dies()
+    for _ in range(servers):
+        made.server_dies()
     counts = ", ".join(f"{count} x {kind}" for kind, count in sorted(made.survived.items()))
-    print(f"Survived, with nothing lost, in {turn + ranks} rounds: {counts}.")  # noqa: T201
+    print(f"Survived, with nothing lost, in {turn + ranks + servers} rounds: {counts}.")  # noqa: T201
     return made.survived
 
 
@@ -281,4 +324,5 @@ if __name__ == "__main__":
         int(settings.get("kills", 10)),
         int(settings.get("seed", 0)),
         int(settings.get("ranks", 1)),
+        int(settings.get("servers", 1)),
     )

@@ -8,6 +8,7 @@ with the server's noise in the place of ours.
 """
 
 import asyncio
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -65,14 +66,17 @@ class Server(ABC):
         target: Target,
         requests: Sequence[Request],
         *,
+        on_start: Callable[[], None],
         on_answers: Callable[[list[Answer]], None],
     ) -> None:
-        """Answer every request, in any order; `on_answers` receives them as they come."""
+        """Answer every request, in any order; `on_answers` receives them as they come, the first
+        after `on_start`."""
         if not requests:
             return
+        logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
         longest = max(len(r.tokens) + r.max_new_tokens for r in requests)
         with self.running(target, longest) as urls:
-            asyncio.run(self._answer(target, requests, urls, longest, on_answers))
+            asyncio.run(self._answer(target, requests, urls, longest, on_start, on_answers))
 
     async def _answer(
         self,
@@ -80,6 +84,7 @@ class Server(ABC):
         requests: Sequence[Request],
         urls: Sequence[str],
         longest: int,
+        on_start: Callable[[], None],
         on_answers: Callable[[list[Answer]], None],
     ) -> None:
         judge = Judge(target, tolerance=self.tolerance)
@@ -112,6 +117,7 @@ class Server(ABC):
                 retries=self.retries,
                 patience_seconds=self.patience_seconds,
             )
+            on_start()
             await pool.answer(requests, on_answers)
         finally:
             for replica in replicas:

@@ -186,7 +186,9 @@ class Respond:
                 progress.advance(len(fresh), tokens=sum(len(a.tokens) for a in made))
 
             if server is not None:
-                server.answer(target, list(asked.values()), on_answers=keep)
+                server.answer(
+                    target, list(asked.values()), on_start=progress.restart, on_answers=keep
+                )
                 return answers
             generator = self.generator(target)
             for batch, missing in zip(batches, left, strict=True):

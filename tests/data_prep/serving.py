@@ -74,14 +74,14 @@ class Serving:
             def do_POST(self) -> None:
                 serving.post(self)
 
-            def log_message(self, *_: object) -> None:
+            def log_message(self, format: str, *args: object) -> None:
                 pass
 
         class Quiet(ThreadingHTTPServer):
             daemon_threads = True
             request_queue_size = 256
 
-            def handle_error(self, *_: object) -> None:
+            def handle_error(self, request: object, client_address: object) -> None:
                 pass  # a client or this server hung up
 
         self.http = Quiet(("127.0.0.1", port), Handler)

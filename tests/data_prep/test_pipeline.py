@@ -154,7 +154,7 @@ def test_self_written_prompts_are_written_once(target, tmp_path, monkeypatch):
     assert own.id in ids(folder, "train") + ids(folder, "val")
 
 
-def _killed(*_):
+def _killed(*_, **__):
     raise KeyboardInterrupt
 
 

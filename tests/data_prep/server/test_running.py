@@ -45,6 +45,11 @@ def job(tmp_path: Path, given: Running | None, name: str = "served") -> Any:
     return dataset(tmp_path, name=name, respond=respond(samples=SAMPLES), server=given)
 
 
+def short(tmp_path: Path, given: Running) -> Any:
+    """Fewer and shorter answers, where only the error matters."""
+    return dataset(tmp_path, name="served", respond=respond(max_new_tokens=4), server=given)
+
+
 def test_its_answers_are_the_targets_to_the_byte(
     target: Target,
     whole: DatasetFolder,
@@ -161,7 +166,7 @@ def _refuse_own(target: Target, serving: Serving) -> Any:
     [
         ("no ids", "returned text without token ids, expected them in 'token_ids'"),
         ("other prompt", "read another prompt than it was sent"),
-        ("cut", r"cut the answer to .* off after \d tokens, expected 10"),
+        ("cut", r"cut the answer to .* off after \d tokens, expected 4"),
         ("stop word", "ended the answer to .* expected it to end with one of"),
         (400, "refused POST /v1/completions with HTTP 400: .*injected 400"),
         (500, "failed 3 times, last at .*HTTP 500"),
@@ -184,7 +189,7 @@ def test_wrong_answers_are_refused(
 
     serving.fault = fails
     with serving.running(), pytest.raises(ValueError, match=message):
-        job(tmp_path, server(serving, retries=2, concurrency=1)).prepare(target)
+        short(tmp_path, server(serving, retries=2, concurrency=1)).prepare(target)
     partial = tmp_path / "out/served" / f"{JOURNAL}.partial"
     assert len(partial.read_text().splitlines()) - 1 >= broken - PROBES
 
@@ -197,7 +202,7 @@ def test_another_model_is_refused_before_anything_is_written(
         Serving(tiny_target(1), fault=lambda _: fault).running() as serving,
         pytest.raises(ValueError, match=r"does not serve the target 'tiny-0': .* at most 0\.05"),
     ):
-        job(tmp_path, server(serving)).prepare(target)
+        short(tmp_path, server(serving)).prepare(target)
     assert len(serving.asked) == PROBES
     partial = tmp_path / "out/served" / f"{JOURNAL}.partial"
     assert len(partial.read_text().splitlines()) == 1
@@ -216,31 +221,31 @@ def test_a_replica_that_comes_back_as_another_model_ends_the_run(
 
     serving.fault = changes
     with serving.running(), pytest.raises(ValueError, match="does not serve the target"):
-        job(tmp_path, server(serving, concurrency=1)).prepare(target)
+        short(tmp_path, server(serving, concurrency=1)).prepare(target)
 
 
 def test_what_is_served_is_asked_first(
     target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Serving(target, names=("a", "b"), room=30, key="secret").running() as serving:
+    with Serving(target, names=("a", "b"), room=20, key="secret").running() as serving:
         with pytest.raises(ValueError, match=r"serves 2 models \(a, b\)"):
-            job(tmp_path, server(serving)).prepare(target)
+            short(tmp_path, server(serving)).prepare(target)
         with pytest.raises(ValueError, match=r"server\.model=c was asked for, but .* serves a, b"):
-            job(tmp_path, server(serving, model="c")).prepare(target)
-        with pytest.raises(ValueError, match="has room for 30 tokens, and the longest prompt"):
-            job(tmp_path, server(serving, model="b")).prepare(target)
+            short(tmp_path, server(serving, model="c")).prepare(target)
+        with pytest.raises(ValueError, match="has room for 20 tokens, and the longest prompt"):
+            short(tmp_path, server(serving, model="b")).prepare(target)
         serving.room = 500
         with pytest.raises(ValueError, match=r"wants a key \(HTTP 401\)"):
-            job(tmp_path, server(serving, model="b")).prepare(target)
+            short(tmp_path, server(serving, model="b")).prepare(target)
         with pytest.raises(ValueError, match="no such environment variable"):
             server(serving, key_from="TINY_KEY")
         monkeypatch.setenv("TINY_KEY", "secret")
-        folder = job(tmp_path, server(serving, model="b", key_from="TINY_KEY")).prepare(target)
+        folder = short(tmp_path, server(serving, model="b", key_from="TINY_KEY")).prepare(target)
     assert {body["model"] for body in serving.asked} == {"b"}
     written = b"".join(p.read_bytes() for p in folder.path.rglob("*") if p.is_file())
     assert b"secret" not in written
     with pytest.raises(ValueError, match=r"No server answers: http.*connection"):
-        job(tmp_path, server(serving), name="new").prepare(target)
+        dataset(tmp_path, name="new", server=server(serving)).prepare(target)
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
