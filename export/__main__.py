@@ -4,7 +4,6 @@ With `prove=true` the engine itself decodes with it before it gets its name.
 """
 
 import json
-import re
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from conf.console import say
 from data_prep.prompts import Prompt
 from data_prep.shards import ShardReader
 from decode.prompts import Bench
-from export.base import HERE, THERE, Exporter
+from export.base import HERE, THERE, Exporter, commands
 from export.card import in_words, model_card
 from export.check import check_export
 from export.choice import refuse
@@ -112,8 +111,8 @@ def export(cfg: DictConfig) -> Path:
     named = str(run.config.target.name)
     usage = exporter.usage(target=named, depths=drafter.num_depths)
     usage = usage.replace(HERE, str(out)).replace(THERE, resolve_name(named))
-    for command in re.findall(r"```bash\n(.*?)\n```", usage, flags=re.DOTALL):
-        say(f"Serve it with:\n{command}")
+    for language, command in commands(usage):
+        say(f"Serve it with ({language}):\n{command}")
     return out
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from export.base import Exporter, Precision, Reader
+from export.base import HERE, THERE, Exporter, Precision, Reader
 from export.outside import ADVICE, MASS, outside_mass
 from export.plain import MAX_TOKENS, PlainModel, embedding_of, head_of, logits_of
 from export.tensors import tensor_problems
@@ -170,8 +170,8 @@ class AssistantExporter(Exporter):
         return self.gamma
 
     def usage(self, *, target: str, depths: int) -> str:
-        served = "path/to/the/target" if target.startswith(PACKAGE_PREFIX) else target
-        config = {"model": "path/to/this/folder", "num_speculative_tokens": self.gamma}
+        served = THERE if target.startswith(PACKAGE_PREFIX) else target
+        config = {"method": "draft_model", "model": HERE, "num_speculative_tokens": self.gamma}
         return f"""A plain language model with the target's tokenizer. With transformers alone:
 
 ```python
@@ -179,9 +179,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{served}")
 target = AutoModelForCausalLM.from_pretrained("{served}")
-drafter = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+drafter = AutoModelForCausalLM.from_pretrained("{HERE}")
 inputs = tokenizer("The capital of France is", return_tensors="pt")
 out = target.generate(**inputs, assistant_model=drafter, do_sample=False, max_new_tokens=64)
+print(tokenizer.decode(out[0]))
 ```
 
 `generation_config.json` asks for {self.gamma} drafts a round, a constant schedule and no confidence

@@ -1,5 +1,6 @@
 """What every exporter does: write, read back by another way, say how to serve."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,11 @@ HERE = "path/to/this/folder"
 """What a model card calls the folder it lies in."""
 THERE = "path/to/the/target"
 """What it calls a target that has no name elsewhere."""
+
+
+def commands(usage: str) -> list[tuple[str, str]]:
+    """The blocks of a card that one can run, as (bash or python, text)."""
+    return re.findall(r"```(bash|python)\n(.*?)\n```", usage, flags=re.DOTALL)
 
 
 class Reader(Protocol):
@@ -81,4 +87,5 @@ class Exporter(ABC):
     @abstractmethod
     def usage(self, *, target: str, depths: int) -> str:
         """Markdown that tells a reader of the model card how to use the folder, which it calls
-        `HERE`; commands stand in bash blocks, and the export prints them with the real path."""
+        `HERE`; commands stand in bash or python blocks, and the export prints them with the real
+        path."""

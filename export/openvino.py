@@ -5,7 +5,7 @@ import shlex
 import torch
 
 from export.base import HERE, Precision
-from export.engine.openvino import WEIGHTS, Openvino
+from export.engine.openvino import WEIGHTS
 from export.formats.base import Format, FormatExporter
 from export.formats.openvino import OpenvinoEagle3, OpenvinoLanguageModel
 from models.drafter.base import Drafter
@@ -36,7 +36,6 @@ class OpenvinoExporter(FormatExporter):
         return super().cast(drafter)
 
     def serving(self, form: Format, *, target: str, drafts: int) -> str:
-        command = Openvino().serve(target="target-ir", draft=HERE, gamma=drafts)
         convert = (
             f"optimum-cli export openvino -m {shlex.quote(target)} "
             "--task text-generation-with-past target-ir"
@@ -45,5 +44,15 @@ class OpenvinoExporter(FormatExporter):
 
 ```bash
 {convert}
-{command}
+python - <<'END'
+import openvino_genai as g
+
+config = g.GenerationConfig()
+config.max_new_tokens, config.do_sample, config.num_assistant_tokens = 64, False, {drafts}
+drafter = g.draft_model("{HERE}", "CPU")
+pipe = g.LLMPipeline("target-ir", "CPU", draft_model=drafter)
+answer = pipe.generate(["The capital of France is"], config)
+print("accepted drafts:", answer.extended_perf_metrics.get_num_accepted_tokens())
+print(answer.texts[0])
+END
 ```"""

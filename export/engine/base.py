@@ -1,4 +1,4 @@
-"""What every engine does: run prompts with and without a drafter, say how to serve.
+"""What every engine does: run prompts with and without a drafter.
 
 One driver script per engine (`drivers/`), run with the engine's own Python. What it is asked:
 
@@ -20,7 +20,6 @@ What it answers:
 """
 
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +61,7 @@ class Outcome:
     versions: dict[str, str]
 
 
-class Engine(Environment, ABC):
+class Engine(Environment):
     """A serving engine that runs here."""
 
     title: ClassVar[str]
@@ -131,7 +130,3 @@ class Engine(Environment, ABC):
             "draft": None if draft is None else str(draft),
             "options": {},
         }
-
-    @abstractmethod
-    def serve(self, *, target: str, draft: str, gamma: int) -> str:
-        """The shell command that serves the target with this drafter."""

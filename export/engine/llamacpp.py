@@ -1,6 +1,5 @@
-"""llama.cpp, as the xllamacpp wheel brings it: the server's own code without HTTP."""
+"""llama.cpp, as the xllamacpp wheel brings it: the server's own code."""
 
-import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -43,14 +42,6 @@ class Llamacpp(Engine):
             "draft": None if file is None else str(file),
             "options": {} if file is None else {"type": draft_type(file)},
         }
-
-    def serve(self, *, target: str, draft: str, gamma: int) -> str:
-        file = Path(draft) / FILE
-        kind = draft_type(file) if file.is_file() else "draft-simple"
-        return (
-            f"llama-server -m {shlex.quote(target)} -md {shlex.quote(str(file))} "
-            f"--spec-type {kind} --spec-draft-n-max {gamma}"
-        )
 
 
 def draft_type(file: Path) -> str:

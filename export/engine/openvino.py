@@ -1,6 +1,5 @@
 """OpenVINO GenAI, and optimum-intel that converts for it."""
 
-import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,12 +85,3 @@ class Openvino(Engine):
             self.convert(folder, ir, weights="fp32")
             ir.rename(out)
         return out
-
-    def serve(self, *, target: str, draft: str, gamma: int) -> str:
-        code = (
-            "import openvino_genai as g; "
-            f'p = g.LLMPipeline("{target}", "CPU", draft_model=g.draft_model("{draft}", "CPU")); '
-            "c = g.GenerationConfig(); c.max_new_tokens = 64; c.do_sample = False; "
-            f'c.num_assistant_tokens = {gamma}; print(p.generate("The capital of France is", c))'
-        )
-        return f"python -c {shlex.quote(code)}"

@@ -25,12 +25,3 @@ class Transformers(Engine):
 
     def is_installed(self) -> bool:
         return True
-
-    def serve(self, *, target: str, draft: str, gamma: int) -> str:
-        return (
-            'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-            f"t, d = M.from_pretrained('{target}'), M.from_pretrained('{draft}'); "
-            f"k = T.from_pretrained('{target}'); "
-            "x = k('The capital of France is', return_tensors='pt'); "
-            'print(k.decode(t.generate(**x, assistant_model=d, max_new_tokens=32)[0]))"'
-        )

@@ -1,7 +1,6 @@
 """vLLM's CPU build; 0.32 is the last version that serves Medusa heads."""
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -70,12 +69,6 @@ class Vllm(Engine):
             "draft": None if draft is None else str(draft),
             "options": options,
         }
-
-    def serve(self, *, target: str, draft: str, gamma: int) -> str:
-        options = speculative_options(Path(draft)) if Path(draft).is_dir() else {}
-        config = {**options, "model": draft, "num_speculative_tokens": gamma}
-        knobs = shlex.quote(json.dumps(config))
-        return f"vllm serve {shlex.quote(target)} --speculative-config {knobs}"
 
 
 def speculative_options(draft: Path) -> dict[str, Any]:

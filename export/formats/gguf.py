@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gguf import GGUFReader
 from safetensors.torch import load_file
@@ -27,6 +27,7 @@ from export.formats.gguf_file import (
     Tokenizer,
     refuse_architecture,
     rotation_factors,
+    round_matrices,
     write_eagle3,
     write_language_model,
 )
@@ -37,24 +38,30 @@ from models.drafter.base import Drafter
 from models.drafter.causal_lm import CausalLm
 from models.drafter.eagle3 import Eagle3
 from models.drafter.sorted_lm import SortedLm
+from models.head.own import OwnHead
 from models.packaged import packaged_gguf
 from models.target import PACKAGE_PREFIX, Target
 
 FILE = "drafter.gguf"
+Quantization = Literal["q8_0"]
 
 
 class GgufFormat(Format):
-    """Base of the two. `target_gguf` is the file whose tokenizer is copied; None finds one."""
+    """Base of the two. `target_gguf` is the file whose tokenizer is copied; None finds one.
+    `quantization` is how matrices are stored; None keeps the drafter's precision."""
 
-    def __init__(self, *, target_gguf: str | None = None) -> None:
+    def __init__(
+        self, *, target_gguf: str | None = None, quantization: Quantization | None = None
+    ) -> None:
         self.target_gguf = target_gguf
+        self.quantization: Quantization | None = quantization
 
     def settings(self, drafter: Drafter) -> dict[str, Any]:
         """What both writers are given."""
         dtype = str(drafter.dtype).removeprefix("torch.")
         assert dtype in KINDS, f"drafters are never {dtype}"
         return {
-            "dtype": dtype,
+            "dtype": self.quantization or dtype,
             "tokenizer": tokenizer_of(drafter.target, drafter.vocab_size, self.target_gguf),
             "about": {
                 "general.name": f"{type(drafter).__name__} drafter",
@@ -62,6 +69,12 @@ class GgufFormat(Format):
                 "draftsmith.target_fingerprint": drafter.target.fingerprint(),
             },
         }
+
+    def as_written(self, drafter: Drafter) -> Drafter:
+        if self.quantization is not None:
+            drafter = drafter.float()
+            round_matrices(drafter, self.quantization)
+        return drafter
 
     def is_mine(self, folder: Path) -> bool:
         return gguf_check.is_mine(folder)
@@ -89,6 +102,12 @@ class GgufEagle3Format(GgufFormat):
                 "This drafter feeds back its normed output and llama.cpp feeds back the state "
                 "before the norm; train with drafter.norm_output=false."
             )
+        if self.quantization is not None and not isinstance(drafter.head(0), OwnHead):
+            return (
+                f"exporter.quantization={self.quantization} was asked for and this drafter has a "
+                f"{type(drafter.head(0)).__name__}, whose rows are not its own or not one matrix; "
+                "leave it null, or train with head@drafter.head=own."
+            )
         return Eagle3Format().complaint(drafter) or _refusal(
             rotation_factors, drafter.layer.self_attn.config
         )
@@ -111,6 +130,12 @@ class GgufLanguageModel(GgufFormat):
 
     def complaint(self, drafter: Drafter) -> str | None:
         assert isinstance(drafter, CausalLm)
+        if self.quantization is not None:
+            return (
+                f"exporter.quantization={self.quantization} was asked for, which is written for "
+                "EAGLE-3 only: most of a small language model is the target's embedding and head. "
+                "Leave it null; llama.cpp's own `llama-quantize` makes smaller files of it."
+            )
         plain = LanguageModel().complaint(drafter)
         return plain or _refusal(refuse_architecture, drafter.inner.config)
 

@@ -7,7 +7,8 @@ Three of them break a drafter in silence, so they are in one place:
 - `d2t` of EAGLE-3 holds absolute ids of the target; other formats hold offsets.
 - `target_layers` = k is the residual stream after k layers, as feature_layers and the field at the
   top of the native config.json.
-Vectors are always fp32; `dtype` is that of matrices.
+Vectors are always fp32; `dtype` is that of matrices. Q8_0 holds one fp16 scale and 32 int8 numbers
+for every 32 of a row.
 
 Shape legend: d hidden size, c head size, D draft vocabulary, V target vocabulary.
 """
@@ -19,16 +20,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType, get_tensor_name_map
-from gguf.quants import quantize
-from torch import Tensor
+from gguf.quants import dequantize, quantize
+from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-Kind = Literal["float32", "float16", "bfloat16"]
+Kind = Literal["float32", "float16", "bfloat16", "q8_0"]
 KINDS = {
     "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "float16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 ARCHITECTURES = {
     "llama": MODEL_ARCH.LLAMA,
@@ -198,6 +200,18 @@ def rotation_factors(config: Any) -> Tensor | None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     return rope["rope_theta"] ** -exponent / scaled
+
+
+@torch.no_grad()
+def round_matrices(module: nn.Module, kind: Kind) -> None:
+    """Give every matrix the values that a file of this kind holds, in place. Doing it twice changes
+    nothing: in Q8_0 a block of 32 numbers of a row is d * n with whole n, the largest of them 127
+    or -127, which gives the same d again."""
+    for matrix in module.parameters():
+        if matrix.ndim > 1:
+            array = matrix.detach().cpu().float().numpy()
+            held = dequantize(quantize(array, KINDS[kind][0]), KINDS[kind][0])
+            matrix.copy_(torch.from_numpy(held))
 
 
 def _begin(file: Path, arch: str, dtype: Kind, about: Mapping[str, str]) -> GGUFWriter:

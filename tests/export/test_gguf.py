@@ -22,6 +22,7 @@ from export.hf import DrafterReader
 from export.parity import prove_equal
 from models.drafter.base import Drafter
 from models.drafter.causal_lm import CausalLm
+from models.drafter.eagle3 import Eagle3
 from models.drafter.medusa import Medusa
 from models.lm_shape import plain_config
 from models.target import Target
@@ -79,6 +80,38 @@ def test_the_file_alone_drafts_the_same(
     drafter = make(target, **settings)
     # 11 ends in the first text and 16 of the second; eight drafts each.
     assert proven(GgufExporter(), drafter, target, tmp_path) == 8 * (11 + 16)
+
+
+def test_quantised_matrices_are_the_drafters_own(target: Target, tmp_path: Path) -> None:
+    """The drafter is given the numbers that the file holds, so that drafts are equal and not merely
+    alike."""
+    exporter = GgufExporter(quantization="q8_0")
+    trained = eagle3(target)
+    before = {name: p.detach().clone() for name, p in trained.named_parameters()}
+    drafter = exporter.cast(trained)
+    assert isinstance(drafter, Eagle3)
+    assert proven(exporter, drafter, target, tmp_path) == 8 * (11 + 16)
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader(tmp_path / FILE).tensors}
+    assert kinds["output.weight"] == kinds["fc.weight"] == kinds["blk.0.ffn_up.weight"] == "Q8_0"
+    assert kinds["output_norm.weight"] == "F32"
+    # By hand: the largest of 32 becomes 127 steps, everything is within half a step of what it was.
+    block = before["fc.weight"][3, 32:64]
+    step = float(block.abs().max()) / 127
+    moved = drafter.fc.weight.detach()[3, 32:64] - block
+    assert 0 < float(moved.abs().max()) < 0.51 * step
+    twice = drafter.fc.weight.detach().clone()
+    exporter.cast(drafter)  # in place
+    assert torch.equal(drafter.fc.weight, twice)
+
+
+def test_what_is_not_quantised_is_refused(target: Target) -> None:
+    exporter = GgufExporter(quantization="q8_0")
+    with pytest.raises(ValueError, match=r"quantization=q8_0.*for EAGLE-3 only"):
+        exporter.refuse(causal_lm(target))
+    with pytest.raises(ValueError, match=r"has a FrozenHead, whose rows are not its own"):
+        exporter.refuse(eagle3(target, head=FROZEN))
+    with pytest.raises(ValueError, match=r"dtype=float16 and exporter\.quantization=q8_0"):
+        GgufExporter(quantization="q8_0", dtype="float16")
 
 
 def test_eagle3_layout(target: Target, tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from export.base import commands
 from export.engine.drivers.llamacpp_driver import rounds_of
-from export.engine.llamacpp import Llamacpp, draft_type, target_gguf
+from export.engine.llamacpp import draft_type, target_gguf
 from export.formats.gguf import FILE
 from export.formats.gguf_reader import GgufModel, Seen
 from export.gguf import GgufExporter
@@ -57,10 +58,11 @@ def test_the_target_as_gguf_is_the_target(
 
 
 def test_the_serve_command_names_the_kind(target: Target, tmp_path: Path) -> None:
-    GgufExporter().write(eagle3(target), tmp_path)
+    exporter = GgufExporter(gamma=5)
+    exporter.write(eagle3(target), tmp_path)
     assert draft_type(tmp_path / FILE) == "draft-eagle3"
-    command = Llamacpp().serve(target="t.gguf", draft=str(tmp_path), gamma=5)
-    assert command == (
-        f"llama-server -m t.gguf -md {tmp_path}/drafter.gguf --spec-type draft-eagle3 "
-        "--spec-draft-n-max 5"
+    assert commands(exporter.usage(target="t", depths=5))[1] == (
+        "bash",
+        "llama-server -m path/to/target.gguf -md path/to/this/folder/drafter.gguf \\\n"
+        "  --spec-type draft-eagle3 --spec-draft-n-max 5",
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from export.check import check_export
-from export.engine.openvino import Openvino
 from export.openvino import OpenvinoExporter
 from models.target import Target
 from tests.export.formats.drafters import eagle, eagle3
@@ -104,9 +103,3 @@ def test_half_precision_becomes_the_one_there_is(target: Target) -> None:
     drafter = eagle3(target).bfloat16()
     assert str(OpenvinoExporter().cast(drafter).dtype) == "torch.float16"
     assert str(OpenvinoExporter().cast(eagle3(target)).dtype) == "torch.float32"
-
-
-def test_the_serve_command_asks_for_gamma() -> None:
-    command = Openvino().serve(target="t", draft="d", gamma=5)
-    assert 'draft_model("d", "CPU")' in command
-    assert "num_assistant_tokens = 5" in command

