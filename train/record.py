@@ -7,11 +7,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from models.drafter.base import Drafter
@@ -53,6 +55,13 @@ def facts(
             "coverage": coverage,
         },
     }
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has had on its device so far (on a CPU: all that it had)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def version_of(package: str) -> str:

@@ -43,7 +43,7 @@ from train.losses import RowLoss
 from train.mix import Mix
 from train.module import DraftModule
 from train.onpolicy import OnPolicy
-from train.record import facts, point_latest, write_config, write_json
+from train.record import facts, peak_memory, point_latest, write_config, write_json
 from train.resume import (
     ResumePoint,
     find_checkpoint,
@@ -126,6 +126,7 @@ def train(cfg: DictConfig, run_dir: Path, *, placed: bool = False) -> Path:
     # Of this process: a resumed run says how long its last part took.
     results: dict[str, Any] = {"train_seconds": time.perf_counter() - begin}
     results["checkpoint_seconds"] = job.checkpoints.seconds if job.checkpoints else 0.0
+    results["peak_memory_bytes"] = peak_memory(job.module.teacher.target.device)
     results |= finish(job, run_dir, point.path)
     if job.module.onpolicy is not None:
         results["onpolicy"] = vars(job.module.onpolicy.totals)

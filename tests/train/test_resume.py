@@ -1,5 +1,6 @@
 """Interrupt, resume, and compare with the run that was left alone: to the bit."""
 
+import json
 import os
 import random
 import re
@@ -138,6 +139,13 @@ def test_checkpoints_hold_no_target_and_no_pickled_objects(whole: Path) -> None:
     family, _ = drafter_class(whole / "checkpoints" / "best")
     assert family.__name__ == "HydraHeads"
     assert read_config(whole).trainer.max_steps == 13
+
+
+def test_a_run_says_what_it_cost(whole: Path) -> None:
+    """Time, what of it went into checkpoints (six of them), and the most memory."""
+    results = json.loads((whole / "run.json").read_text())["results"]
+    assert 0.0 < results["checkpoint_seconds"] < results["train_seconds"]
+    assert 100e6 < results["peak_memory_bytes"] < 64e9
 
 
 def test_resuming_what_is_no_run(recipe: Recipe, tmp_path: Path) -> None:
