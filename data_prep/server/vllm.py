@@ -1,5 +1,6 @@
 """vLLM, started here for the answers and stopped behind them."""
 
+import shlex
 import shutil
 import socket
 import tempfile
@@ -7,7 +8,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from conf.console import say
@@ -24,17 +25,17 @@ class Vllm(Server):
     """`vllm serve <target>` in the target's precision, on a free port of this machine only.
 
     `executable` None is the `vllm` on the PATH, or else of the environment that
-    `python -m export install=vllm` makes (a CPU build). `options` are more words for it, such as
-    --tensor-parallel-size, 8. `start_seconds` is how long loading may take.
+    `python -m export install=vllm` makes (a CPU build). `options` is what else it is told, such as
+    "--tensor-parallel-size 8". `start_seconds` is how long loading may take.
     """
 
     executable: str | None = None
-    options: list[str] = field(default_factory=list)
+    options: str = ""
     start_seconds: float = 1800.0
 
     @contextmanager
     def running(self, target: Target, longest: int) -> Iterator[list[str]]:
-        program = self._find()
+        program = self.find()
         source = resolve_name(target.name)
         port = _free_port()
         command = [
@@ -50,9 +51,9 @@ class Vllm(Server):
             log = Path(made) / "vllm.log"
             say(f"vLLM is started with '{target.name}' ({program}).")
             begin = time.monotonic()
-            with running(
-                [*command, *self.options], log=log, environment={"VLLM_NO_USAGE_STATS": "1"}
-            ) as process:
+            command += shlex.split(self.options)
+            quiet = {"VLLM_NO_USAGE_STATS": "1"}
+            with running(command, log=log, environment=quiet) as process:
                 while not _healthy(f"http://127.0.0.1:{port}/health"):
                     over = process.poll()
                     if over is not None or time.monotonic() - begin > self.start_seconds:
@@ -61,8 +62,9 @@ class Vllm(Server):
                             f"`{' '.join(map(str, command[:3]))} ...` {ended} after "
                             f"{time.monotonic() - begin:.0f} s, expected a server; its last lines "
                             "follow. On an accelerator that holds the target of this process too, "
-                            "leave it room (target.device=cpu, or server.options="
-                            f"[--gpu-memory-utilization,'0.5']).\n{last_lines(log)}"
+                            "leave it room (target.device=cpu, or "
+                            "'server.options=--gpu-memory-utilization 0.5').\n"
+                            f"{last_lines(log)}"
                         )
                     time.sleep(LOOK_SECONDS)
                 say(f"vLLM is ready ({time.monotonic() - begin:.0f} s).")
@@ -76,7 +78,8 @@ class Vllm(Server):
                         f"lines follow.\n{last_lines(log)}"
                     ) from error
 
-    def _find(self) -> str:
+    def find(self) -> str:
+        """The program. Raises ValueError where there is none."""
         if self.executable is not None:
             found = shutil.which(Path(self.executable).expanduser())
             if found is None:

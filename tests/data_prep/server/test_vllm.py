@@ -20,7 +20,7 @@ SAMPLES = [{"temperature": 0.0, "top_p": 1.0}, {"temperature": 1.0, "top_p": 0.9
 PROMPTS = 8
 LENGTH = 12
 KEPT = 5
-OPTIONS = ["--enforce-eager", "--max-num-seqs", "8", "--no-enable-prefix-caching"]
+OPTIONS = "--enforce-eager --max-num-seqs 8 --no-enable-prefix-caching"
 
 pytestmark = [*needs.engine(Engine()), needs.packaged_target]
 
