@@ -1,10 +1,12 @@
 """Environments of engines, and the programs that run in them, without installing one."""
 
 import json
+import shlex
 import shutil
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,15 @@ import torch
 from safetensors.torch import save_file
 
 from data_prep.process import running
+from export.base import HERE, commands
 from export.engine.environment import STAMP, Environment, Pip
 from export.engine.process import call_driver
 from export.engine.vllm import Vllm, speculative_options
+from export.vllm import VllmExporter
+from models.drafter.base import Drafter
+from models.target import Target
+from tests.export.formats.drafters import eagle, eagle3, hass, medusa
+from tests.export.test_gguf import causal_lm
 
 
 class Small(Environment):
@@ -162,6 +170,22 @@ def test_vllm_is_told_the_method(
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({tensor: torch.zeros(1)}, str(tmp_path / "model.safetensors"))
     assert speculative_options(tmp_path) == options
+
+
+@pytest.mark.parametrize("make", [eagle3, eagle, hass, medusa, causal_lm])
+def test_the_card_tells_vllm_what_the_gate_tells_it(
+    target: Target, tmp_path: Path, make: Callable[[Target], Drafter]
+) -> None:
+    drafter, exporter = make(target), VllmExporter(gamma=5)
+    exporter.write(drafter, tmp_path)
+    ((_, text),) = commands(exporter.usage(target="the/target", depths=drafter.num_depths))
+    *program, config = shlex.split(text.replace("\\\n", " "))
+    assert program == ["vllm", "serve", "the/target", "--speculative-config"]
+    assert json.loads(config) == {
+        **speculative_options(tmp_path),
+        "model": HERE,
+        "num_speculative_tokens": exporter.chain_length(drafter),
+    }
 
 
 def test_vllm_never_sees_a_word_that_names_another_method(tmp_path: Path) -> None:
