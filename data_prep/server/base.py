@@ -41,7 +41,7 @@ class Server(ABC):
     timeout_seconds: float = 600.0
     patience_seconds: float = 300.0
     probe_prompts: int = 4
-    tolerance: float = 0.05
+    tolerance: float = 0.1
     logprobs: bool = False
     key_from: str | None = None
 

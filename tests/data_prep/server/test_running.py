@@ -200,7 +200,7 @@ def test_another_model_is_refused_before_anything_is_written(
 ) -> None:
     with (
         Serving(tiny_target(1), fault=lambda _: fault).running() as serving,
-        pytest.raises(ValueError, match=r"does not serve the target 'tiny-0': .* at most 0\.05"),
+        pytest.raises(ValueError, match=r"does not serve the target 'tiny-0': .* at most 0\.1"),
     ):
         short(tmp_path, server(serving)).prepare(target)
     assert len(serving.asked) == PROBES
