@@ -146,6 +146,8 @@ def tune(
     traces = []
     for place in places:
         settings["leave_at"] = place
+        if place:
+            say(f"The same from exit {place}.")
         traces.append(
             kept_trace(target, drafter, answers, run_dir=run_dir, on_answer=on_answer, **settings)
         )

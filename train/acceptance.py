@@ -35,6 +35,7 @@ from data_prep.shards import Example, ShardReader
 from data_prep.signal import SignalRows
 from decode.answers import Recorded
 from decode.calibration import calibrate, reliability_plot
+from decode.progress import progress_bar
 from decode.trace import trace
 from models.acceptance import AcceptanceHead, numbers_of
 from models.drafter.base import Depth, Drafter
@@ -421,15 +422,17 @@ def settle(module: AcceptanceModule, data: TrainData, run_dir: Path) -> None:
     answers = [recorded(data.val_reader[i]) for i in range(count)]
     kept = drafter.dtype
     drafter.to(target.dtype).eval()  # as it will be served
-    made = trace(
-        target,
-        drafter,
-        answers,
-        gamma=min(plan.depths, drafter.max_depth or plan.depths) + module.judge.lag,
-        temperature=plan.temperature,
-        max_new_tokens=max(len(a.tokens) for a in answers),
-        stride=plan.stride,
-    )
+    with progress_bar("calibrating on held-out answers", count) as on_answer:
+        made = trace(
+            target,
+            drafter,
+            answers,
+            gamma=min(plan.depths, drafter.max_depth or plan.depths) + module.judge.lag,
+            temperature=plan.temperature,
+            max_new_tokens=max(len(a.tokens) for a in answers),
+            stride=plan.stride,
+            on_answer=on_answer,
+        )
     found = calibrate(module.judge.eval(), made)
     drafter.to(kept)
     say(found.sentence())
