@@ -1,8 +1,8 @@
-"""Do the chances of an acceptance head mean what they say? And the temperatures that make them.
+"""Do the chances of an acceptance head mean what they say? And the numbers that make them.
 
 With c_j the head's chance of draft j, the claim about a draft of k + 1 tokens is that it survives
-whole with S_k = c_0 ... c_k. Each depth gets a temperature T_k, c_k = sigmoid(l_k / T_k), chosen
-one after another from the front to make
+whole with S_k = c_0 ... c_k. Each depth gets a temperature and a shift, c_k = sigmoid(l_k / T_k +
+b_k), chosen one depth after another from the front to make
 
     - mean [ s_k log S_k + (1 - s_k) log(1 - S_k) ],    s_k = 1 when the draft survived depth k
 
@@ -77,10 +77,23 @@ class Judgements:
         known_I = (self.tested_I > k) | (self.accepted_I < self.tested_I)
         return self.accepted_I > k, known_I
 
-    def chances(self, scale: Sequence[float]) -> np.ndarray:
+    def chances(self, fit: "Fit") -> np.ndarray:
         """c_k, `[I, K]`."""
-        T_K = np.array([scale[min(k, len(scale) - 1)] for k in range(self.depths)])
-        return 1.0 / (1.0 + np.exp(-self.logits_IK / T_K))
+        T_K = np.array([fit.scale[min(k, len(fit.scale) - 1)] for k in range(self.depths)])
+        b_K = np.array([fit.shift[min(k, len(fit.shift) - 1)] for k in range(self.depths)])
+        return 1.0 / (1.0 + np.exp(-self.logits_IK / T_K - b_K))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """T_k and b_k of every depth; the last ones serve deeper ones."""
+
+    scale: list[float]
+    shift: list[float]
+
+
+PLAIN = Fit([1.0], [0.0])
+"""As trained."""
 
 
 @dataclass(frozen=True)
@@ -109,61 +122,74 @@ def reliability(chance_M: np.ndarray, true_M: np.ndarray) -> Reliability:
     )
 
 
-def token_reliability(j: Judgements, scale: Sequence[float]) -> Reliability:
+def token_reliability(j: Judgements, fit: Fit) -> Reliability:
     """Of drafts that were put to the test."""
     depth_K = np.arange(j.depths)
     tested_IK = depth_K < j.tested_I[:, None]
-    return reliability(j.chances(scale)[tested_IK], j.truth_IK[tested_IK])
+    return reliability(j.chances(fit)[tested_IK], j.truth_IK[tested_IK])
 
 
-def survival_reliability(j: Judgements, scale: Sequence[float]) -> Reliability:
+def survival_reliability(j: Judgements, fit: Fit) -> Reliability:
     """Of whole drafts, every length."""
-    S_IK = j.chances(scale).cumprod(axis=1)
+    S_IK = j.chances(fit).cumprod(axis=1)
     pairs = [j.survived(k) for k in range(j.depths)]
     known_IK = np.stack([known for _, known in pairs], axis=1)
     true_IK = np.stack([survived for survived, _ in pairs], axis=1)
     return reliability(S_IK[known_IK], true_IK[known_IK])
 
 
-def fit_scale(j: Judgements) -> list[float]:
-    """T_k of every depth, from the front. A depth that fewer than FEWEST drafts survived keeps the
-    one before: a temperature fitted on a handful means nothing."""
+def fit_chances(j: Judgements) -> Fit:
+    """T_k and b_k of every depth, from the front. A depth that fewer than FEWEST drafts survived
+    keeps those before: numbers fitted on a handful mean nothing."""
     scale: list[float] = []
+    shift: list[float] = []
     before_I = np.ones(len(j.logits_IK))
     for k in range(j.depths):
         survived_I, known_I = j.survived(k)
         logits_I = j.logits_IK[:, k]
         if survived_I[known_I].sum() >= FEWEST:
-            scale.append(_best(logits_I[known_I], before_I[known_I], survived_I[known_I]))
+            T, b = _best(logits_I[known_I], before_I[known_I], survived_I[known_I])
         else:
-            scale.append(scale[-1] if scale else 1.0)
-        before_I = before_I / (1.0 + np.exp(-logits_I / scale[-1]))
-    return scale
+            T, b = (scale[-1], shift[-1]) if scale else (1.0, 0.0)
+        scale.append(T)
+        shift.append(b)
+        before_I = before_I / (1.0 + np.exp(-logits_I / T - b))
+    return Fit(scale, shift)
 
 
-def _best(logits_I: np.ndarray, before_I: np.ndarray, survived_I: np.ndarray) -> float:
-    """The temperature with the least cross-entropy: a grid over its logarithm, then a finer one."""
+def _best(
+    logits_I: np.ndarray, before_I: np.ndarray, survived_I: np.ndarray
+) -> tuple[float, float]:
+    """Temperature and shift with the least cross-entropy: a grid over the logarithm of one and over
+    the other, then finer ones."""
 
-    def loss(log_t: float) -> float:
-        S_I = before_I / (1.0 + np.exp(-logits_I / np.exp(log_t)))
+    def loss(at: tuple[float, float]) -> float:
+        log_t, b = at
+        S_I = before_I / (1.0 + np.exp(-logits_I / np.exp(log_t) - b))
         S_I = np.clip(S_I, TINY, 1.0 - TINY)
         return -float(np.where(survived_I, np.log(S_I), np.log(1.0 - S_I)).mean())
 
-    center, width = 0.0, 3.0
-    for _ in range(3):
-        center = min(np.linspace(center - width, center + width, 41), key=loss)
-        width /= 20.0
-    return float(np.exp(center))
+    (log_t, b), width = (0.0, 0.0), 2.0
+    for _ in range(4):
+        grid = [
+            (t, s)
+            for t in np.linspace(log_t - width, log_t + width, 17)
+            for s in np.linspace(b - width, b + width, 17)
+        ]
+        log_t, b = min(grid, key=loss)
+        width /= 6.0
+    return float(np.exp(log_t)), float(b)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration errors before (every T_k = 1) and after, on prompts that fitted nothing."""
+    """Calibration errors before (as trained) and after, on prompts that fitted nothing."""
 
     prompts_fitted: int
     prompts_measured: int
     drafts: int
     scale: list[float]
+    shift: list[float]
     token_before: Reliability
     token_after: Reliability
     survival_before: Reliability
@@ -188,15 +214,15 @@ class Calibration:
         return (
             f"Acceptance head: expected calibration error {self.token_before.error:.2%} -> "
             f"{self.token_after.error:.2%} (tokens), {self.survival_before.error:.2%} -> "
-            f"{self.survival_after.error:.2%} (survival of whole drafts) with a temperature for "
-            f"each depth, on {self.prompts_measured} prompts that fitted nothing "
+            f"{self.survival_after.error:.2%} (survival of whole drafts) with a temperature and "
+            f"a shift for each depth, on {self.prompts_measured} prompts that fitted nothing "
             f"({self.drafts:,} drafts)."
         )
 
 
 def calibrate(head: AcceptanceHead, trace: Trace) -> Calibration:
-    """Fit every T_k on the odd prompts of a trace, measure on the even ones, and note both in the
-    head."""
+    """Fit every T_k and b_k on the odd prompts of a trace, measure on the even ones, and note both
+    in the head."""
     count = len(trace.walked)
     if count < 2:
         raise ValueError(
@@ -205,23 +231,26 @@ def calibrate(head: AcceptanceHead, trace: Trace) -> Calibration:
             "(dataset.holdout)."
         )
     fitted = Judgements.of(trace, range(1, count, 2))
-    head.scale = fit_scale(fitted)
+    fit = fit_chances(fitted)
+    head.scale, head.shift = fit.scale, fit.shift
     found = measured(head, Judgements.of(trace, range(0, count, 2)), count // 2, -(-count // 2))
     head.calibration = found.numbers()
     return found
 
 
 def measured(head: AcceptanceHead, j: Judgements, fitted: int, prompts: int) -> Calibration:
-    """How well a head's chances hold on these drafts, with its temperatures and without."""
+    """How well a head's chances hold on these drafts, as fitted and as trained."""
+    fit = Fit(head.scale, head.shift)
     return Calibration(
         prompts_fitted=fitted,
         prompts_measured=prompts,
         drafts=len(j.tested_I),
         scale=head.scale,
-        token_before=token_reliability(j, [1.0]),
-        token_after=token_reliability(j, head.scale),
-        survival_before=survival_reliability(j, [1.0]),
-        survival_after=survival_reliability(j, head.scale),
+        shift=head.shift,
+        token_before=token_reliability(j, PLAIN),
+        token_after=token_reliability(j, fit),
+        survival_before=survival_reliability(j, PLAIN),
+        survival_after=survival_reliability(j, fit),
     )
 
 
@@ -248,7 +277,7 @@ def _panel(axes: Axes, title: str, before: Reliability, after: Reliability) -> N
     axes.bar(
         after.chance, after.weight, width=0.05, color=GREY, alpha=0.5, label="share of all drafts"
     )
-    for found, color, label in ((before, TEAL, "every T = 1"), (after, BLUE, "T by depth")):
+    for found, color, label in ((before, TEAL, "as trained"), (after, BLUE, "fitted by depth")):
         axes.plot(
             found.chance,
             found.truth,

@@ -28,7 +28,7 @@ NUMBERS = 3
 
 
 class AcceptanceHead(nn.Module):
-    """P(the drafted token y is accepted, given that all drafts before it are) = sigmoid(l / T_k).
+    """P(the drafted token y is accepted, given that all before it are) = sigmoid(l / T_k + b_k).
 
         l = w . blocks(z) + b + log(rejection_weight),   block(x) = x + SiLU(A x + a), each its own
 
@@ -41,9 +41,12 @@ class AcceptanceHead(nn.Module):
                  and they are there when y is drawn.
 
     Training counts rejections `rejection_weight` (w) times. With a the true chance such a loss is
-    least at odds a / (w (1 - a)); adding log w to the logit undoes that exactly. T_k, one for each
-    depth (the last one serves deeper ones), is fitted afterwards on drafts of held-out prompts, so
-    that the product over a chain is the share of chains that survive (decode/calibration.py).
+    least at odds a / (w (1 - a)); adding log w to the logit undoes that exactly. T_k and b_k, two
+    numbers for each depth (the last ones serve deeper ones), are fitted afterwards on drafts of
+    held-out prompts, so that the product over a chain is the share of chains that survive
+    (decode/calibration.py). A drafter is better on prompts it was trained on, where the head
+    learns too, so that some heads are sure of too much everywhere: no temperature mends that, b_k
+    does.
 
     `temperature` is the serving temperature of the answers it learned from: the chance depends on
     it. `calibration` says how far from the truth it was on prompts of neither kind.
@@ -60,6 +63,7 @@ class AcceptanceHead(nn.Module):
         label: Literal["ratio", "overlap"] = "ratio",
         temperature: float = 1.0,
         scale: Sequence[float] = (1.0,),
+        shift: Sequence[float] = (0.0,),
         calibration: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -68,6 +72,7 @@ class AcceptanceHead(nn.Module):
         self.num_blocks, self.rejection_weight = num_blocks, rejection_weight
         self.label, self.temperature = label, temperature
         self.scale = [float(value) for value in scale]
+        self.shift = [float(value) for value in shift]
         self.calibration = calibration
         self.mix: nn.Linear | None = None
         if reads == "drawn":
@@ -82,7 +87,7 @@ class AcceptanceHead(nn.Module):
         """The constructor's arguments."""
         names = (
             "state_size", "embedding_size", "reads", "num_blocks", "rejection_weight", "label",
-            "temperature", "scale", "calibration",
+            "temperature", "scale", "shift", "calibration",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -101,7 +106,7 @@ class AcceptanceHead(nn.Module):
     def logits(
         self, states_Nd: Tensor, embedded_Ne: Tensor | None = None, numbers_N3: Tensor | None = None
     ) -> Tensor:
-        """The same with the weight undone, before any T_k."""
+        """The same with the weight undone, before any T_k and b_k."""
         return self.raw(states_Nd, embedded_Ne, numbers_N3) + math.log(self.rejection_weight)
 
     @torch.no_grad()
@@ -131,7 +136,8 @@ class AcceptanceHead(nn.Module):
         depth = row - self.lag
         if depth < 0:
             return 1.0
-        return 1.0 / (1.0 + math.exp(-logit / self.scale[min(depth, len(self.scale) - 1)]))
+        T, b = (given[min(depth, len(given) - 1)] for given in (self.scale, self.shift))
+        return 1.0 / (1.0 + math.exp(-logit / T - b))
 
     # --- beside a drafter ------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Calibration errors by hand, and temperatures that undo a distortion that is known."""
+"""Calibration errors by hand, and numbers that undo a distortion that is known."""
 
 from pathlib import Path
 
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from decode.calibration import (
+    PLAIN,
     Judgements,
     calibrate,
-    fit_scale,
+    fit_chances,
     reliability,
     reliability_plot,
     survival_reliability,
@@ -18,15 +19,18 @@ from decode.trace import Trace, Walked
 from models.acceptance import AcceptanceHead
 
 
-def drawn(count: int, depths: int, sharpness: list[float], seed: int = 0) -> Judgements:
-    """Chances that are true, with logits multiplied by `sharpness` at each depth."""
+def drawn(
+    count: int, depths: int, sharpness: list[float], seed: int = 0, surer: float = 0.0
+) -> Judgements:
+    """Chances that are true; logits raised by `surer`, then times each depth's `sharpness`."""
     rng = np.random.default_rng(seed)
     true_IK = rng.normal(1.0, 1.2, size=(count, depths))
     passed_IK = rng.random((count, depths)) < 1.0 / (1.0 + np.exp(-true_IK))
     accepted_I = np.where(passed_IK.all(1), depths, passed_IK.argmin(1))
     tested_I = np.minimum(accepted_I + 1, depths)
     chance_IK = 1.0 / (1.0 + np.exp(-true_IK))
-    return Judgements(true_IK * np.array(sharpness), chance_IK, tested_I, accepted_I)
+    logits_IK = (true_IK + surer) * np.array(sharpness)
+    return Judgements(logits_IK, chance_IK, tested_I, accepted_I)
 
 
 def test_the_error_by_hand() -> None:
@@ -45,23 +49,26 @@ def test_only_drafts_with_a_known_end_count() -> None:
     survived, known = j.survived(2)
     assert known.tolist() == [False, True]
     assert survived.tolist() == [False, False]
-    made = token_reliability(j, [1.0])
+    made = token_reliability(j, PLAIN)
     assert made.chance == [0.5]
     assert made.truth == [0.875]  # of four tests
     # Survival 1/2, 1/4, 1/8 of six claims, one of them unknown.
-    assert sum(survival_reliability(j, [1.0]).weight) == pytest.approx(1.0)
+    assert sum(survival_reliability(j, PLAIN).weight) == pytest.approx(1.0)
 
 
-def test_temperatures_undo_a_known_distortion() -> None:
-    j = drawn(20_000, 3, [3.0, 0.5, 1.0])
-    assert fit_scale(j) == pytest.approx([3.0, 0.5, 1.0], rel=0.12)
-    fresh = drawn(20_000, 3, [3.0, 0.5, 1.0], seed=1)
-    scale = fit_scale(j)
-    assert token_reliability(fresh, [1.0]).error > 0.06
-    assert token_reliability(fresh, scale).error < 0.015
-    assert survival_reliability(fresh, scale).error < 0.015
+@pytest.mark.parametrize("surer", [0.0, 0.7])
+def test_a_known_distortion_is_undone(surer: float) -> None:
+    """Logits too sharp or too flat, and all of them too high: T_k divides, b_k takes off."""
+    j = drawn(20_000, 3, [3.0, 0.5, 1.0], surer=surer)
+    fit = fit_chances(j)
+    assert fit.scale == pytest.approx([3.0, 0.5, 1.0], rel=0.12)
+    assert fit.shift == pytest.approx([-surer] * 3, abs=0.2)
+    fresh = drawn(20_000, 3, [3.0, 0.5, 1.0], seed=1, surer=surer)
+    assert token_reliability(fresh, PLAIN).error > 0.06
+    assert token_reliability(fresh, fit).error < 0.015
+    assert survival_reliability(fresh, fit).error < 0.015
     # The product over a chain is the share of chains that survive.
-    product = fresh.chances(scale).cumprod(axis=1).mean(axis=0)
+    product = fresh.chances(fit).cumprod(axis=1).mean(axis=0)
     for k in range(3):
         assert product[k] == pytest.approx(fresh.survived(k)[0].mean(), abs=0.012)
 
@@ -99,7 +106,7 @@ def test_a_head_is_calibrated_on_some_prompts_and_measured_on_others(
     assert (found.prompts_fitted, found.prompts_measured) == (10, 10)
     assert f"{found.token_after.error:.2%}" in found.sentence()
     # Behind the row of draft k stands draft k, or the one before.
-    first = 1.0 / (1.0 + np.exp(-1.0 / head.scale[0]))
+    first = 1.0 / (1.0 + np.exp(-1.0 / head.scale[0] - head.shift[0]))
     assert head.chance(head.lag, 1.0) == pytest.approx(first)
     assert head.lag == 0 or head.chance(0, -9.0) == 1.0
     reliability_plot(found, tmp_path / "r.png", caption="toy")
