@@ -4,10 +4,11 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from decode.plot import BLUE, INK, LINE, QUIET, SAND, TEAL, style
-from decode.tune import Confirmed, Predicted, Tuned
+from decode.tune import Predicted, Tuned
 from decode.tune_settings import FIXED
 
 COLORS = {
@@ -24,50 +25,55 @@ COLORS = {
 
 
 def tune_table(t: Tuned, *, title: str) -> Table:
-    """The best setting of every rule: predicted, and measured where it was."""
-    notes = [
-        "Tokens per second of rounds, the prompt's forward left out; gains over the best fixed "
-        "length,",
-        "prompts paired. Wasted: drafts that were not kept. Intervals: results.json.",
-    ]
-    out = Table(title=title, title_style="bold", caption="\n".join(notes), caption_style="dim")
-    out.add_column("rule", no_wrap=True)
-    out.add_column("setting")
-    for name in ("tokens a step", "drafts", "wasted", "predicted tokens/s", "gain"):
-        out.add_column(name, justify="right")
+    """The best setting of every rule: predicted, and measured where it was. Fits 80 columns."""
     real = {c.words: c for c in t.confirmed}
+    what = "measured" if real else "predicted"
+    notes = [
+        "Predicted and measured: tokens per second of rounds, the prompt's forward",
+        "left out. tau: tokens per step. Wasted: drafts that were not kept. Gain:",
+        f"{what}, over the best fixed length, prompts paired. Intervals: results.json.",
+    ]
+    out = Table(
+        title=title,
+        title_style="bold",
+        caption="\n".join(notes),
+        caption_style="dim",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    out.add_column("rule", no_wrap=True)
+    for name in ("tau", "drafts", "wasted", "predicted"):
+        out.add_column(name, justify="right", no_wrap=True)
     if real:
-        for name in ("measured tokens/s", "difference", "gain"):
-            out.add_column(name, justify="right")
+        for name in ("measured", "differs"):
+            out.add_column(name, justify="right", no_wrap=True)
+    out.add_column("gain", justify="right", no_wrap=True)
     for number, p in enumerate(t.best):
-        out.add_row(*_cells(p), *_real(real.get(p.words)), style="bold cyan" if not number else "")
+        found = real.get(p.words)
+        gain = (found or p).gain.value
+        cells = [
+            _short(p),
+            f"{p.tau.value:.2f}",
+            f"{p.drafts_per_step:.2f}",
+            f"{p.wasted.value:.0%}",
+            f"{p.tokens_per_s.value:.1f}",
+        ]
+        if found is not None:
+            cells += [f"{found.measured.value:.1f}", f"{found.difference:+.1%}"]
+        out.add_row(*cells, f"{gain - 1:+.1%}", style="" if number else "bold cyan")
     return out
 
 
-def _cells(p: Predicted) -> list[str]:
-    return [
-        p.rule,
-        _short(p),
-        f"{p.tau.value:.2f}",
-        f"{p.drafts_per_step:.2f}",
-        f"{p.wasted.value:.0%}",
-        f"{p.tokens_per_s.value:.1f}",
-        f"{p.gain.value - 1:+.1%}",
-    ]
-
-
 def _short(p: Predicted) -> str:
-    """A setting in a word: its own number."""
+    """A rule and its own number."""
     if p.rule == FIXED:
         return p.words.removeprefix("tree.")
-    own = [word.removeprefix("stop.") for word in p.words.split() if word.startswith("stop.")]
-    return " ".join(own)
-
-
-def _real(c: Confirmed | None) -> list[str]:
-    if c is None:
-        return []
-    return [f"{c.measured.value:.1f}", f"{c.difference:+.1%}", f"{c.gain.value - 1:+.1%}"]
+    numbers = [w.split("=", 1)[1] for w in p.words.split()[1:] if not w.startswith("stop=")]
+    name = " ".join([p.rule, *numbers])
+    if p.rule == "exit":
+        return name + " " + p.words.split()[0].removeprefix("tree.")
+    return p.rule if "[" in name else name
 
 
 def tune_caption(t: Tuned, bench: str) -> str:
