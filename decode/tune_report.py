@@ -39,7 +39,7 @@ def tune_table(t: Tuned, *, title: str) -> Table:
         caption="\n".join(notes),
         caption_style="dim",
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=(0, 0),
         pad_edge=False,
     )
     out.add_column("rule", no_wrap=True)
