@@ -209,7 +209,10 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
         Drafting then appends keys and values of the target's first layers to it, and
         `SharedLayers.verify` takes the place of the target's forward over the tree.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} computes layers of the target itself (computed_layers), so it "
+            "has to say how it shares the target's cache: implement start_shared."
+        )
 
     def bind(self, target: Target) -> "Drafter":
         """Give access to the target's embedding and head, without owning them."""

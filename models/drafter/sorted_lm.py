@@ -119,7 +119,8 @@ class SortedLm(CausalLm):
         _, layers = layer_list(self.inner)
         sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
         whole = sum(p.numel() for p in target.model.parameters())
-        self.exit_costs = tuple((sum(sizes[:n]) + last) / whole for n in self.exits)
+        costs = tuple((sum(sizes[:n]) + last) / whole for n in self.exits)
+        self.exit_costs = costs if len(costs) > 1 else ()
         return self
 
     def unroll(self, features: Features, tokens_BT: Tensor) -> Iterator[Depth]:

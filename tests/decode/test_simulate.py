@@ -8,7 +8,8 @@ import torch
 
 from decode.answers import record
 from decode.prompts import Prompt
-from decode.simulate import RoundCost, Traced, gain, play, tau, tokens_per_s, wasted
+from decode.session import Round
+from decode.simulate import Played, RoundCost, Traced, gain, play, tau, tokens_per_s, wasted
 from decode.stop.base import Stop
 from decode.stop.confidence import Confidence
 from decode.stop.del_exit import DelExit
@@ -56,6 +57,13 @@ def traced(target: Target, tmp_path_factory: pytest.TempPathFactory) -> tuple:
     return drafter, recording, made
 
 
+def require_rounds(found: Played, rounds: list[Round]) -> None:
+    assert found.rounds == len(rounds)
+    assert found.produced == sum(r.produced for r in rounds)
+    assert found.drafted == sum(r.depth for r in rounds)
+    assert found.accepted == sum(r.accepted for r in rounds)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_rounds_are_those_of_the_decoder(target: Target, traced: tuple, rule: str) -> None:
     """`walk` runs the real policy and drafter round by round (and equals the decoder, see its own
@@ -66,10 +74,7 @@ def test_rounds_are_those_of_the_decoder(target: Target, traced: tuple, rule: st
     lengths = set()
     for answer, found in zip(recording.answers, played, strict=True):
         rounds = walk(target, drafter, policy, answer, max_new_tokens=24)
-        assert found.rounds == len(rounds)
-        assert found.produced == sum(r.produced for r in rounds)
-        assert found.drafted == sum(r.depth for r in rounds)
-        assert found.accepted == sum(r.accepted for r in rounds)
+        require_rounds(found, rounds)
         lengths |= {r.depth for r in rounds}
     assert rule == "none" or lengths - {5}, "no draft ended early"
 
@@ -93,10 +98,7 @@ def test_rounds_from_several_exits_are_those_of_the_decoder(target: Target, trac
     played = play(exits, rule(), gamma=5)
     for answer, found in zip(recording.answers, played, strict=True):
         rounds = walk(target, drafter, policy, answer, max_new_tokens=24)
-        assert found.rounds == len(rounds)
-        assert found.produced == sum(r.produced for r in rounds)
-        assert found.drafted == sum(r.depth for r in rounds)
-        assert found.accepted == sum(r.accepted for r in rounds)
+        require_rounds(found, rounds)
     fixed = play(exits, Exit(exit=0, exit_costs=drafter.exit_costs), gamma=5)
     alone = play(exits[:1], None, gamma=5)
     assert fixed == alone != play(exits, None, gamma=5)

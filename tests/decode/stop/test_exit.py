@@ -37,6 +37,8 @@ def test_a_draft_costs_the_weights_it_reads(target: Target) -> None:
     head, whole = 64 * target.hidden_size, sum(p.numel() for p in model.parameters())
     wanted = [(n * layer + head) / whole for n in (1, 2, 4)]
     assert drafter.exit_costs == pytest.approx(wanted)
+    # With one exit there is nothing to choose, and a tuning asks for none.
+    assert sorted_lm(target, exits=[4]).exit_costs == ()
 
 
 def test_a_drafter_with_one_way_of_drafting_is_refused() -> None:
