@@ -2,17 +2,15 @@
 
 import shlex
 import shutil
-import socket
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf.console import say
-from data_prep.process import last_lines, running
+from data_prep.process import answers, free_port, last_lines, running
 from data_prep.server.base import Server
 from models.packaged import cache_dir
 from models.target import Target, resolve_name
@@ -37,7 +35,7 @@ class Vllm(Server):
     def running(self, target: Target, longest: int) -> Iterator[list[str]]:
         program = self.find()
         source = resolve_name(target.name)
-        port = _free_port()
+        port = free_port()
         command = [
             *(program, "serve", source, "--served-model-name", target.name),
             *("--host", "127.0.0.1", "--port", str(port)),
@@ -54,7 +52,7 @@ class Vllm(Server):
             command += shlex.split(self.options)
             quiet = {"VLLM_NO_USAGE_STATS": "1"}
             with running(command, log=log, environment=quiet) as process:
-                while not _healthy(f"http://127.0.0.1:{port}/health"):
+                while not answers(f"http://127.0.0.1:{port}/health"):
                     over = process.poll()
                     if over is not None or time.monotonic() - begin > self.start_seconds:
                         ended = f"ended with {over}" if over is not None else "is not ready"
@@ -101,17 +99,3 @@ class Vllm(Server):
                 "`python -m export install=vllm` make one (a CPU build)."
             )
         return found
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False

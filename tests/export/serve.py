@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_prep.process import last_lines, running
+from data_prep.process import answers, last_lines, running
 from decode.session import Decoder
 from decode.verifier.greedy import Greedy
 from export.base import HERE, Exporter, commands
@@ -39,12 +38,12 @@ def server(
     url = f"http://127.0.0.1:{port}"
     with running(["bash", "-c", text], log=log, environment=_first(environment, variables)) as p:
         deadline = time.monotonic() + PATIENCE_S
-        while not _answers(f"{url}/health"):
+        while not answers(f"{url}/health"):
             assert p.poll() is None, last_lines(log)
             assert time.monotonic() < deadline, last_lines(log)
             time.sleep(0.5)
         yield url
-    assert not _answers(f"{url}/health")
+    assert not answers(f"{url}/health")
 
 
 def run(text: str, environment: Environment, log: Path, variables: Mapping[str, str] = NONE) -> str:
@@ -52,13 +51,6 @@ def run(text: str, environment: Environment, log: Path, variables: Mapping[str, 
     with running(["bash", "-c", text], log=log, environment=_first(environment, variables)) as p:
         assert p.wait(PATIENCE_S) == 0, last_lines(log)
     return log.read_text()
-
-
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def ask(url: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -79,11 +71,3 @@ def alone(target: Target, prompt: list[int], length: int, *, ends: bool) -> list
 def _first(environment: Environment, variables: Mapping[str, str]) -> dict[str, str]:
     path = f"{environment.python.parent}{os.pathsep}{os.environ['PATH']}"
     return {**variables, "PATH": path}
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_prep.process import free_port
 from decode.session import Decoder
 from decode.tree.chain import Chain
 from decode.verifier.greedy import Greedy
@@ -85,7 +86,7 @@ def test_the_serve_command_of_the_card_serves(
         "speculators": SpeculatorsExporter(gamma=GAMMA, verifier=name),
     }
     text = serve.command(both[form], eagle3, tmp_path / "draft", target=Path(name))
-    port = serve.free_port()
+    port = free_port()
     here = f" --host 127.0.0.1 --port {port} --dtype float32 --enforce-eager"
     small = " --max-model-len 256 --max-num-seqs 1 --no-enable-prefix-caching"
     variables = {k: v for k, v in VLLM.variables.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}

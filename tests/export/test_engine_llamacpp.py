@@ -7,6 +7,7 @@ import pytest
 from gguf import GGUFReader
 from torch import Tensor
 
+from data_prep.process import free_port
 from export.engine.llamacpp import Llamacpp, target_gguf
 from export.formats.gguf import FILE
 from export.gate import follow
@@ -48,7 +49,7 @@ def test_the_serve_command_of_the_card_serves(
     folder = Path(resolve_name(small_target.name))
     exporter = GgufExporter(gamma=GAMMA, target_gguf=str(target_gguf(folder, "float32")))
     text = serve.command(exporter, eagle3, tmp_path / "draft", target=folder)
-    port = serve.free_port()
+    port = free_port()
     text = text.replace("p.port = 8080", f"p.port = {port}")
     prompt = prompts(small_target)[0]
     asked = {
