@@ -21,18 +21,12 @@ Shape legend: I positions of one answer, N answer tokens, K depths, V target voc
 vocabulary.
 """
 
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from decode.answers import Recorded
@@ -229,79 +223,6 @@ def trace(
             on_answer(done + 1, 1.0 + float(full.mean()) if len(full) else 1.0)
     made.signal_ms = {name: 1000.0 * float(np.median(s)) for name, s in clock.items()}
     return made
-
-
-def kept_trace(
-    target: Target,
-    drafter: Drafter,
-    answers: Sequence[Recorded],
-    *,
-    run_dir: Path,
-    gamma: int,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-    leave_at: int | None = None,
-    on_answer: Callable[[int, float], None] | None = None,
-) -> Trace:
-    """The trace of these answers, from `run_dir`/tune or made now and kept there, under a name made
-    of everything it depends on."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(drafter.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
-    if drafter.acceptance is not None:
-        for tensor in drafter.acceptance.state_dict().values():
-            digest.update(tensor.cpu().numpy().tobytes())
-    asked = [(a.prompt.id, a.text) for a in answers]
-    settings = [gamma, temperature, max_new_tokens, seed, str(target.dtype), target.fingerprint()]
-    settings += [] if leave_at is None else [leave_at]
-    digest.update(json.dumps([asked, settings]).encode())
-    file = run_dir / "tune" / f"trace-{digest.hexdigest()[:16]}.safetensors"
-    judge = drafter.acceptance
-    if file.is_file():
-        lag = 0 if judge is None else judge.lag
-        return _load(file, Trace(gamma, temperature, lag, leave_at=leave_at))
-    made = trace(
-        target,
-        drafter,
-        answers,
-        gamma=gamma,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        leave_at=leave_at,
-        on_answer=on_answer,
-    )
-    _save(file, made)
-    return made
-
-
-ARRAYS = ("starts_I", "tested_I", "accepted_I", "ends_I", "signals_IKS")
-
-
-def _save(file: Path, made: Trace) -> None:
-    """One file, written beside its place and then renamed."""
-    tensors = {
-        f"{number}.{name}": torch.from_numpy(getattr(walked, name))
-        for number, walked in enumerate(made.walked)
-        for name in ARRAYS
-    }
-    about = [[walked.prompt_id, walked.length] for walked in made.walked]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"answers": json.dumps(about)})
-    temporary.replace(file)
-
-
-def _load(file: Path, empty: Trace) -> Trace:
-    with safe_open(file, framework="pt") as reader:
-        for number, (prompt_id, length) in enumerate(json.loads(reader.metadata()["answers"])):
-            arrays = {name: reader.get_tensor(f"{number}.{name}").numpy() for name in ARRAYS}
-            empty.walked.append(Walked(prompt_id=prompt_id, length=length, **arrays))
-    return empty
 
 
 def _walk(

@@ -1,0 +1,171 @@
+"""What a tuning decodes for real: to learn what rounds cost, and to confirm what it predicts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from conf.console import say
+from decode.interval import Estimate, bootstrap
+from decode.prompts import Prompt
+from decode.session import Decoder, Generation
+from decode.simulate import Played, RoundCost, tokens_per_s
+from decode.tree.chain import Chain
+from decode.tune_settings import Setting, from_exit
+from decode.verifier.sampling import Sampling
+from models.drafter.base import Drafter
+from models.target import Target
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """A setting decoded for real, and what the trace had said of the same prompts.
+
+    `difference` is measured / predicted - 1. `gain` compares its tokens per second with those of
+    the best fixed length, measured in the same turns.
+    """
+
+    rule: str
+    words: str
+    predicted: float
+    measured: Estimate
+    difference: float
+    tau: Estimate
+    gain: Estimate
+    speedup: Estimate
+
+
+def time_rounds(
+    *,
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Prompt],
+    longest: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[RoundCost]:
+    """Mean milliseconds of real rounds with 1, 2, 4, ... drafts, lengths in turns; for each exit
+    of a drafter that has several."""
+    lengths = sorted({1, 2, 4, longest} & set(range(1, longest + 1)))
+    say(f"Timing chains of {lengths} drafts on {len(prompts)} prompts.")
+    places: list[int | None] = [*range(len(drafter.exit_costs))] or [None]
+    decoders = {
+        (place, n): decoder(
+            target,
+            drafter,
+            Setting("", "", n, from_exit(place, drafter.exit_costs)),
+            temperature,
+            seed,
+        )
+        for place in places
+        for n in lengths
+    }
+    plain = Decoder(
+        target=target, drafter=None, verifier=Sampling(), policy=None, temperature=temperature
+    )
+    made = in_turns({**decoders, "plain": plain}, prompts, max_new_tokens)
+    rounds = [r for answer in made["plain"] for r in answer.rounds]
+    plain_s = sum(r.draft_s + r.target_s + r.verify_s for r in rounds)
+    plain_ms = 1000.0 * plain_s / max(1, len(rounds))
+
+    def mean_ms(place: int | None, n: int, part: str) -> float:
+        rounds = [r for answer in made[place, n] for r in answer.rounds]
+        return 1000.0 * sum(getattr(r, part) for r in rounds) / max(1, len(rounds))
+
+    return [
+        RoundCost(
+            {n: mean_ms(place, n, "draft_s") for n in lengths},
+            {n: mean_ms(place, n, "target_s") for n in lengths},
+            {n: mean_ms(place, n, "verify_s") for n in lengths},
+            plain_ms,
+        )
+        for place in places
+    ]
+
+
+def decoder(
+    target: Target, drafter: Drafter, setting: Setting, temperature: float, seed: int
+) -> Decoder:
+    """The real decoder with one setting."""
+    policy = Chain(gamma=setting.gamma, temperature=temperature, seed=seed, stop=setting.make())
+    return Decoder(
+        target=target,
+        drafter=drafter,
+        verifier=Sampling(),
+        policy=policy,
+        temperature=temperature,
+        seed=seed,
+    )
+
+
+def in_turns(
+    decoders: dict[Any, Decoder], prompts: Sequence[Prompt], max_new_tokens: int
+) -> dict[Any, list[Generation]]:
+    """Every prompt by every decoder. Who goes first rotates, so that a machine that slows down or
+    speeds up favours none."""
+    names = list(decoders)
+    for name in names:
+        decoders[name].generate(prompts[0].tokens[:32], max_new_tokens=6, stop_at_eos=False)
+    made: dict[Any, list[Generation]] = {name: [] for name in names}
+    for number, prompt in enumerate(prompts):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            answer = decoders[name].generate(prompt.tokens, max_new_tokens=max_new_tokens)
+            made[name].append(answer)
+    return made
+
+
+def confirm(
+    settings: Sequence[Setting],
+    played: dict[str, list[Played]],
+    prompts: Sequence[Prompt],
+    fixed: Setting,
+    max_new_tokens: int,
+    *,
+    target: Target,
+    drafter: Drafter,
+    temperature: float,
+    seed: int,
+) -> list[Confirmed]:
+    """Real decodings of these settings and of none, in turns."""
+    say(f"Confirming {len(settings)} settings on {len(prompts)} prompts.")
+    decoders = {s.words: decoder(target, drafter, s, temperature, seed) for s in settings}
+    plain = Decoder(
+        target=target, drafter=None, verifier=Sampling(), policy=None, temperature=temperature
+    )
+    made = in_turns({**decoders, "plain": plain}, prompts, max_new_tokens)
+    real = {name: [_counted(answer) for answer in answers] for name, answers in made.items()}
+    found = []
+    for setting in settings:
+        counts = real[setting.words]
+        said = tokens_per_s(played[setting.words][: len(prompts)]).value
+        rate = bootstrap(counts, lambda c: (c[0], c[2]))
+        found.append(
+            Confirmed(
+                rule=setting.rule,
+                words=setting.words,
+                predicted=said,
+                measured=rate,
+                difference=rate.value / said - 1.0,
+                tau=bootstrap(counts, lambda c: (c[0], c[1])),
+                gain=_rate_ratio(counts, real[fixed.words]),
+                speedup=_rate_ratio(counts, real["plain"]),
+            )
+        )
+    return found
+
+
+def _counted(answer: Generation) -> tuple[float, float, float]:
+    """Tokens produced, rounds and seconds behind the prompt."""
+    return (
+        float(sum(r.produced for r in answer.rounds)),
+        float(len(answer.rounds)),
+        sum(answer.seconds.values()),
+    )
+
+
+def _rate_ratio(
+    one: Sequence[tuple[float, float, float]], other: Sequence[tuple[float, float, float]]
+) -> Estimate:
+    pairs = list(zip(one, other, strict=True))
+    return bootstrap(pairs, lambda pair: (pair[0][0], pair[0][2], pair[1][0], pair[1][2]))
