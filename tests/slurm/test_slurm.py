@@ -50,7 +50,11 @@ def submit(log: Path, *arguments: str) -> str:
 
 
 def wait(job: str, log: Path, seconds: float = 240.0) -> None:
-    """Until no job of that id is left; a job that is queued again need not wait for its time."""
+    """Until no job of that id is left; a job that is queued again need not wait its two minutes.
+
+    Slurm compares whole seconds: a job started in the second in which it was killed is taken for the
+    killed one ("Job credential revoked") and ends, so it starts some seconds later.
+    """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         states = run("squeue", "-h", "-r", "-o", "%A %F %T %r")
@@ -58,6 +62,7 @@ def wait(job: str, log: Path, seconds: float = 240.0) -> None:
         if not ours:
             return
         if "BeginTime" in ours[0]:
+            time.sleep(3)
             run("scontrol", "update", f"jobid={job}", "StartTime=now")
         time.sleep(0.5)
     raise AssertionError(log.read_text()[-3000:])
