@@ -6,7 +6,8 @@
 3. Every rule with every setting is played on the trace (decode/simulate.py): tokens per second.
 4. The best setting of every rule then decodes for real, in turns on the same prompts.
 
-Both numbers of 4 leave the prompt's forward out: tokens per second of rounds.
+Both numbers of 4 leave the prompt's forward out: tokens per second of rounds. Plain decoding is
+measured in 2 and in 4, and predictions are compared at the pace of 4 (decode/tune_real.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ from decode.simulate import (
 from decode.stop import spec_kv
 from decode.trace import Trace, trace
 from decode.trace_file import kept_trace
-from decode.tune_real import Confirmed, confirm, time_rounds
+from decode.tune_real import Confirmation, confirm, time_rounds
 from decode.tune_settings import FIXED, Setting, candidates
 from models.drafter.base import Drafter
 from models.target import Target
@@ -89,7 +90,7 @@ class Tuned:
     signal_ms: dict[str, float]
     settings: list[Predicted]
     best: list[Predicted]
-    confirmed: list[Confirmed]
+    confirmed: Confirmation
     sweep: list[tuple[float, Estimate, str]]
     calibration: Calibration | None
 
@@ -152,11 +153,11 @@ def tune(
     predicted = [_predicted(s, played[s.words], played[fixed.words]) for s in tried]
     best = best_of_each(predicted)
     by_words = {s.words: s for s in tried}
-    confirmed: list[Confirmed] = []
+    confirmed = Confirmation(1.0, [])
     if plan.confirm_prompts:
         chosen = prompts[: plan.confirm_prompts]
         confirmed = confirm(
-            [by_words[p.words] for p in best], played, chosen, fixed, limit, **shared
+            [by_words[p.words] for p in best], played, chosen, fixed, cost, limit, **shared
         )
     return Tuned(
         prompts=len(prompts),

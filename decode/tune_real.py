@@ -8,7 +8,7 @@ from conf.console import say
 from decode.interval import Estimate, bootstrap
 from decode.prompts import Prompt
 from decode.session import Decoder, Generation
-from decode.simulate import Played, RoundCost, tokens_per_s
+from decode.simulate import Played, RoundCost
 from decode.tree.chain import Chain
 from decode.tune_settings import Setting, from_exit
 from decode.verifier.sampling import Sampling
@@ -20,18 +20,34 @@ from models.target import Target
 class Confirmed:
     """A setting decoded for real, and what the trace had said of the same prompts.
 
-    `difference` is measured / predicted - 1. `gain` compares its tokens per second with those of
-    the best fixed length, measured in the same turns.
+    `said` is the prediction with the times of the timing phase, `predicted` the same at the pace
+    of the confirming phase (`Confirmation`). `ratio` is measured / predicted, `tau_ratio` what the
+    same ratio is of tokens per step alone: greedy texts are those that were traced, sampled ones
+    are others. `gain` compares its tokens per second with those of the best fixed length, measured
+    in the same turns.
     """
 
     rule: str
     words: str
+    said: float
     predicted: float
     measured: Estimate
-    difference: float
+    ratio: Estimate
     tau: Estimate
+    tau_ratio: Estimate
     gain: Estimate
     speedup: Estimate
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """`pace` is what a plain token took while settings were confirmed, over what it took while
+    rounds were timed. A machine's clock moves by several per cent from minute to minute, and the
+    prompts that are confirmed are more than those that were timed: both slow a round down by what
+    they slow a plain token down."""
+
+    pace: float
+    settings: list[Confirmed]
 
 
 def time_rounds(
@@ -63,10 +79,9 @@ def time_rounds(
     plain = Decoder(
         target=target, drafter=None, verifier=Sampling(), policy=None, temperature=temperature
     )
+    warm_up(target, drafter, prompts[0], longest)
     made = in_turns({**decoders, "plain": plain}, prompts, max_new_tokens)
-    rounds = [r for answer in made["plain"] for r in answer.rounds]
-    plain_s = sum(r.draft_s + r.target_s + r.verify_s for r in rounds)
-    plain_ms = 1000.0 * plain_s / max(1, len(rounds))
+    plain_ms = _plain_ms(made["plain"])
 
     def mean_ms(place: int | None, n: int, part: str) -> float:
         rounds = [r for answer in made[place, n] for r in answer.rounds]
@@ -81,6 +96,13 @@ def time_rounds(
         )
         for place in places
     ]
+
+
+def _plain_ms(answers: Sequence[Generation]) -> float:
+    """Milliseconds of a token without a drafter."""
+    rounds = [r for answer in answers for r in answer.rounds]
+    seconds = sum(r.draft_s + r.target_s + r.verify_s for r in rounds)
+    return 1000.0 * seconds / max(1, len(rounds))
 
 
 def decoder(
@@ -98,14 +120,20 @@ def decoder(
     )
 
 
+def warm_up(target: Target, drafter: Drafter, prompt: Prompt, gamma: int) -> None:
+    """The first forwards of either kind are slow. No rule takes part: some carry on what they have
+    seen."""
+    for one, policy in ((None, None), (drafter, Chain(gamma=gamma))):
+        first = Decoder(target=target, drafter=one, verifier=Sampling(), policy=policy)
+        first.generate(prompt.tokens[:32], max_new_tokens=6, stop_at_eos=False)
+
+
 def in_turns(
     decoders: dict[Any, Decoder], prompts: Sequence[Prompt], max_new_tokens: int
 ) -> dict[Any, list[Generation]]:
     """Every prompt by every decoder. Who goes first rotates, so that a machine that slows down or
     speeds up favours none."""
     names = list(decoders)
-    for name in names:
-        decoders[name].generate(prompts[0].tokens[:32], max_new_tokens=6, stop_at_eos=False)
     made: dict[Any, list[Generation]] = {name: [] for name in names}
     for number, prompt in enumerate(prompts):
         first = number % len(names)
@@ -120,39 +148,47 @@ def confirm(
     played: dict[str, list[Played]],
     prompts: Sequence[Prompt],
     fixed: Setting,
+    cost: RoundCost,
     max_new_tokens: int,
     *,
     target: Target,
     drafter: Drafter,
     temperature: float,
     seed: int,
-) -> list[Confirmed]:
-    """Real decodings of these settings and of none, in turns."""
+) -> Confirmation:
+    """Real decodings of these settings and of none, in turns. `cost` is what the predictions were
+    made with."""
     say(f"Confirming {len(settings)} settings on {len(prompts)} prompts.")
     decoders = {s.words: decoder(target, drafter, s, temperature, seed) for s in settings}
     plain = Decoder(
         target=target, drafter=None, verifier=Sampling(), policy=None, temperature=temperature
     )
+    warm_up(target, drafter, prompts[0], max(s.gamma for s in settings))
     made = in_turns({**decoders, "plain": plain}, prompts, max_new_tokens)
+    pace = _plain_ms(made["plain"]) / cost.plain_ms
     real = {name: [_counted(answer) for answer in answers] for name, answers in made.items()}
     found = []
     for setting in settings:
         counts = real[setting.words]
-        said = tokens_per_s(played[setting.words][: len(prompts)]).value
-        rate = bootstrap(counts, lambda c: (c[0], c[2]))
+        traced = [
+            (p.produced, p.rounds, p.seconds * pace) for p in played[setting.words][: len(prompts)]
+        ]
+        rate = bootstrap(traced, lambda c: (c[0], c[2])).value
         found.append(
             Confirmed(
                 rule=setting.rule,
                 words=setting.words,
-                predicted=said,
-                measured=rate,
-                difference=rate.value / said - 1.0,
+                said=rate * pace,
+                predicted=rate,
+                measured=bootstrap(counts, lambda c: (c[0], c[2])),
+                ratio=_ratio(counts, traced, 2),
                 tau=bootstrap(counts, lambda c: (c[0], c[1])),
-                gain=_rate_ratio(counts, real[fixed.words]),
-                speedup=_rate_ratio(counts, real["plain"]),
+                tau_ratio=_ratio(counts, traced, 1),
+                gain=_ratio(counts, real[fixed.words], 2),
+                speedup=_ratio(counts, real["plain"], 2),
             )
         )
-    return found
+    return Confirmation(pace, found)
 
 
 def _counted(answer: Generation) -> tuple[float, float, float]:
@@ -164,8 +200,11 @@ def _counted(answer: Generation) -> tuple[float, float, float]:
     )
 
 
-def _rate_ratio(
-    one: Sequence[tuple[float, float, float]], other: Sequence[tuple[float, float, float]]
+def _ratio(
+    one: Sequence[tuple[float, float, float]],
+    other: Sequence[tuple[float, float, float]],
+    per: int,
 ) -> Estimate:
+    """Tokens per round (per=1) or per second (per=2), one over the other, prompts paired."""
     pairs = list(zip(one, other, strict=True))
-    return bootstrap(pairs, lambda pair: (pair[0][0], pair[0][2], pair[1][0], pair[1][2]))
+    return bootstrap(pairs, lambda pair: (pair[0][0], pair[0][per], pair[1][0], pair[1][per]))

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from decode.interval import Estimate
 from decode.plot import BLUE, INK, LINE, QUIET, SAND, TEAL, style
 from decode.tune import Predicted, Tuned
 from decode.tune_settings import FIXED
@@ -26,7 +27,7 @@ COLORS = {
 
 def tune_table(t: Tuned, *, title: str) -> Table:
     """The best setting of every rule: predicted, and measured where it was. Fits 80 columns."""
-    real = {c.words: c for c in t.confirmed}
+    real = {c.words: c for c in t.confirmed.settings}
     what = "measured" if real else "predicted"
     notes = [
         "Predicted and measured: tokens per second of rounds, the prompt's forward",
@@ -57,10 +58,10 @@ def tune_table(t: Tuned, *, title: str) -> Table:
             f"{p.tau.value:.2f}",
             f"{p.drafts_per_step:.2f}",
             f"{p.wasted.value:.0%}",
-            f"{p.tokens_per_s.value:.1f}",
+            f"{found.predicted if found else p.tokens_per_s.value:.1f}",
         ]
         if found is not None:
-            cells += [f"{found.measured.value:.1f}", f"{found.difference:+.1%}"]
+            cells += [f"{found.measured.value:.1f}", f"{found.ratio.value - 1:+.1%}"]
         out.add_row(*cells, f"{gain - 1:+.1%}", style="" if number else "bold cyan")
     return out
 
@@ -95,13 +96,17 @@ def sentences(t: Tuned) -> list[str]:
         f"({t.cost.step_ms:.2f} of {t.cost.plain_ms:.1f} ms)."
     )
     found = [said]
-    confirmed = next((c for c in t.confirmed if c.words == best.words), None)
+    real = t.confirmed.settings
+    confirmed = next((c for c in real if c.words == best.words), None)
     if confirmed is not None:
-        worst = max(t.confirmed, key=lambda c: abs(c.difference))
+        worst = max(real, key=lambda c: abs(c.ratio.value - 1))
         found.append(
-            f"Measured: {confirmed.measured} tokens/s, {confirmed.difference:+.1%} of what was "
-            f"predicted for these prompts ({confirmed.predicted:.2f}); the widest difference of "
-            f"{len(t.confirmed)} settings is {worst.difference:+.1%} ({worst.rule})."
+            f"Measured: {confirmed.measured} tokens/s, {_off(confirmed.ratio)} off what was "
+            f"predicted for these prompts ({confirmed.predicted:.2f}), of which "
+            f"{confirmed.tau_ratio.value - 1:+.1%} because the decoded texts took other steps than "
+            f"the traced ones; the widest difference of {len(real)} settings is "
+            f"{_off(worst.ratio)} ({worst.rule}). Plain tokens took {t.confirmed.pace - 1:+.1%} "
+            "longer while confirming than while timing, which the predictions follow."
         )
     steps = ", ".join(f"{c:g}: {e.value - 1:+.1%} ({w.split('stop=')[1].split()[0]})"
                       for c, e, w in t.sweep)  # fmt: skip
@@ -116,6 +121,10 @@ def sentences(t: Tuned) -> list[str]:
             f"{t.calibration.survival_after.error:.2%} of whole drafts."
         )
     return found
+
+
+def _off(ratio: Estimate) -> str:
+    return f"{ratio.value - 1:+.1%} [{ratio.low - 1:+.1%}, {ratio.high - 1:+.1%}]"
 
 
 def tune_plot(t: Tuned, file: Path, *, caption: str) -> None:
@@ -138,7 +147,7 @@ def tune_plot(t: Tuned, file: Path, *, caption: str) -> None:
         x, y = zip(*points, strict=True)
         left.plot(x, y, "o-", color=color, linewidth=1.4, markersize=4, label=rule)
     drafts = {p.words: p.drafts_per_step for p in t.settings}
-    for c in t.confirmed:
+    for c in t.confirmed.settings:
         left.plot(
             drafts[c.words], c.measured.value, "*", color=COLORS.get(c.rule, INK), markersize=13
         )

@@ -60,10 +60,13 @@ class Acceptance:
     `reads` auto is candidate for a drafter that reads tokens one by one, else drawn. With `frozen`
     the drafter stays as it is; otherwise its own loss is descended together with `weight` times the
     head's. `depths` are calibrated one by one, on drafts made at every `stride`-th position of
-    `answers` held-out answers.
+    `answers` held-out answers. The answers are those of the run's own dataset or, with data=given,
+    of the one that is named beside it: best of prompts that the drafter never learned from, since
+    it is better on those it knows, and its head would expect that of others too.
     """
 
     temperature: float
+    data: Literal["start", "given"] = "start"
     reads: Literal["auto", "candidate", "drawn"] = "auto"
     label: Literal["ratio", "overlap"] = "ratio"
     num_blocks: int = 3
@@ -390,8 +393,8 @@ def draw_candidates(
 
 
 def borrow(cfg: DictConfig) -> DictConfig:
-    """The config of a run that trains an acceptance head, with the target, the drafter and the
-    dataset of the run that `start` names. Any other config as it is."""
+    """The config of a run that trains an acceptance head, with the target, the drafter and (unless
+    acceptance.data=given) the dataset of the run that `start` names. Any other config as it is."""
     if cfg.get("acceptance") is None:
         return cfg
     if cfg.start is None:
@@ -408,7 +411,8 @@ def borrow(cfg: DictConfig) -> DictConfig:
     run = open_run(named.parent if named.name == "drafter" else named)
     borrowed = cfg.copy()
     OmegaConf.set_readonly(borrowed, False)
-    for name in ("target", "drafter", "dataset"):
+    own = ("dataset",) if cfg.acceptance.get("data", "start") == "start" else ()
+    for name in ("target", "drafter", *own):
         borrowed[name] = run.config[name]
     borrowed.start = str(run.path)
     return borrowed

@@ -180,14 +180,15 @@ def test_a_tuning_predicts_and_confirms(
     assert not any("specdec_pp" in w for w in words)  # this run has no head
     rates = [b["tokens_per_s"]["value"] for b in made["best"]]
     assert rates == sorted(rates, reverse=True)
-    for one in made["confirmed"]:
+    for one in made["confirmed"]["settings"]:
         said, real = one["predicted"], one["measured"]["value"]
-        assert one["difference"] == pytest.approx(real / said - 1)
-    assert len(made["confirmed"]) == len(made["best"])
+        assert one["ratio"]["value"] == pytest.approx(real / said)
+        assert one["tau_ratio"]["value"] == pytest.approx(1.0)  # greedy: the texts that were traced
+    assert len(made["confirmed"]["settings"]) == len(made["best"])
     (kept,) = (run / "tune").glob("trace-*.safetensors")
     shown = capsys.readouterr().err
     assert f"Best here: {made['best'][0]['words']}" in shown
-    assert "of what was predicted" in shown
+    assert "off what was predicted" in shown
     # A second tuning reads the same trace.
     written = kept.stat().st_mtime_ns
     plan[2] = "tuning.confirm_prompts=0"

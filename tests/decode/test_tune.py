@@ -29,10 +29,15 @@ def test_exits_are_settings_too(
     assert [w for w in words if "stop=exit" in w] == [
         f"tree.gamma={n} stop=exit stop.exit={e}" for e in (0, 1) for n in (1, 2)
     ]
-    rules = {c.rule: c for c in made.confirmed}
+    rules = {c.rule: c for c in made.confirmed.settings}
     assert {"exit", "del_exit"} <= set(rules)
     assert rules["del_exit"].words.startswith("tree.gamma=2 stop=del_exit stop.costs=[")
     assert len(list((tmp_path / "tune").glob("trace-*"))) == 3
+    for c in rules.values():
+        # Greedy texts are those that were traced, so time alone can differ, and at one pace.
+        assert c.tau_ratio.value == pytest.approx(1.0)
+        assert c.said == pytest.approx(c.predicted * made.confirmed.pace)
+        assert c.ratio.value == pytest.approx(c.measured.value / c.predicted)
     # What is predicted of an exit is what the decoder does with it.
     for place in (0, 1):
         policy = Chain(gamma=2, stop=Exit(exit=place, exit_costs=drafter.exit_costs))

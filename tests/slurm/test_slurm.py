@@ -52,8 +52,8 @@ def submit(log: Path, *arguments: str) -> str:
 def wait(job: str, log: Path, seconds: float = 240.0) -> None:
     """Until no job of that id is left; a job that is queued again need not wait its two minutes.
 
-    Slurm compares whole seconds: a job started in the second in which it was killed is taken for the
-    killed one ("Job credential revoked") and ends, so it starts some seconds later.
+    Slurm compares whole seconds: a job started in the second in which it was killed is taken for
+    the killed one ("Job credential revoked") and ends, so it starts some seconds later.
     """
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -220,6 +220,27 @@ def test_trained_together_both_move(small_lm: Path, recipe: Recipe, tmp_path: Pa
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_prompts_that_the_drafter_has_not_seen(
+    small_lm: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    """The run's own dataset unless another is given; calibrated on that one's held-out prompts."""
+    given = ["+experiment=specdec_pp", f"start={small_lm}", "acceptance.temperature=0"]
+    made = {}
+    for data in ("start", "given"):
+        folder = recipe.run(
+            tmp_path / data, *given, f"acceptance.data={data}", "acceptance.stride=9",
+            "dataset.holdout=6", "dataset.name=fresh", "final_decode=null", without="final_decode",
+        )  # fmt: skip
+        run = open_run(folder)
+        made[data] = (run.config.dataset.name, run.config.drafter)
+        head = run.load_drafter(run.load_target()).acceptance
+        assert head is not None
+        assert head.calibration is not None
+        assert head.calibration["prompts_measured"] == (3 if data == "given" else 2)
+    assert (made["start"][0], made["given"][0]) == ("sampled", "fresh")
+    assert made["start"][1] == made["given"][1]
+
+
 @pytest.mark.parametrize(
     ("family", "overrides"), [("hydra_heads", ["drafter.num_heads=2"]), ("kangaroo", [])]
 )
