@@ -12,7 +12,9 @@ SmolLM2-135M and a head of its own over the draft vocabulary.
 
 Memory is the highest use while that runs, less what was there before (weights, the optimizer's
 state, features) and less the gradients (scripts/peak.py); `process_mb` is the highest use of the
-whole process. Every measurement runs in a process of its own; the fastest repetition counts.
+whole process. Every measurement runs in a process of its own; the fastest repetition counts. GFLOP
+are those of matrix products and attention, forward and backward; a step cannot be faster than they
+are at the rate of one large product, which is measured first.
 
 Shape legend: B sequences, T positions, d hidden size, V vocabulary.
 """
@@ -42,7 +44,7 @@ from conf.console import console, say
 from decode.plot import BLUE, GREY, LINE, QUIET, SAND, TEAL, style
 from models.drafter.eagle3 import Eagle3
 from models.target import Features, Target
-from scripts.peak import measured
+from scripts.peak import measured, multiplications, product_rate
 from train.chunked import chunked_loss, make_lesson, rows_per_chunk
 from train.losses import ForwardKL
 from train.teacher import Teacher
@@ -146,7 +148,9 @@ def measure(case: Case) -> dict[str, float]:
     """Seconds of a step, tokens/s, and memory."""
     # Threads, code and buffers of the libraries are there before the inputs.
     prepare(replace(case, positions=64, vocab=512, draft_vocab=256))()
-    found = measured(prepare(case), case.device, case.repeats)
+    once = prepare(case)
+    found = measured(once, case.device, case.repeats)
+    found["gflop"] = multiplications(once)
     found["tokens_per_second"] = case.positions / found["seconds"]
     found["process_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return found
@@ -197,7 +201,7 @@ def _lines(axes: Axes, results: list[dict[str, Any]], value: str, scale: float) 
 
 
 def _table(results: list[dict[str, Any]]) -> Table:
-    table = Table("way", "steps", "T", "tokens/s", "s", "MB beyond", "MB process")
+    table = Table("way", "steps", "T", "tokens/s", "s", "GFLOP/s", "MB beyond", "MB process")
     for r in results:
         table.add_row(
             r["way"],
@@ -205,6 +209,7 @@ def _table(results: list[dict[str, Any]]) -> Table:
             f"{r['positions']:,}",
             f"{r['tokens_per_second']:,.0f}",
             f"{r['seconds']:.2f}",
+            f"{r['gflop'] / r['seconds']:,.0f}",
             f"{r['beyond_mb']:,.0f}",
             f"{r['process_mb']:,.0f}",
         )
@@ -231,6 +236,8 @@ def main() -> None:
     args = _arguments().parse_args()
     if args.peer is not None and (args.device, args.precision) != ("cpu", "bf16-mixed"):
         raise SystemExit("--peer runs on a CPU in bf16-mixed; leave --device and --precision.")
+    rate = product_rate(args.device)
+    say(f"One large bf16 product runs at {rate:,.0f} GFLOP/s here.")
     results = []
     for T, steps in itertools.product(args.positions, args.steps):
         case = Case(
@@ -246,8 +253,12 @@ def main() -> None:
         if args.peer is not None:
             results.append({"way": "speculators"} | by_peer(args.peer, case))
     console.print(_table(results))
-    about = {"torch": torch.__version__, "machine": platform.machine(), "cores": os.cpu_count()}
-    about["threads"] = torch.get_num_threads()
+    about: dict[str, Any] = {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+    }
+    about |= {"threads": torch.get_num_threads(), "product_gflop_per_second": rate}
     temporary = args.out.with_name(args.out.name + ".tmp")
     temporary.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
     temporary.replace(args.out)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from scripts.peak import measured
+from scripts.peak import measured, multiplications
 
 
 def prepare(case: dict[str, Any]) -> Callable[[], list[Tensor]]:
@@ -89,7 +89,9 @@ def main() -> None:
     case = parser.parse_args().case
     small = {"steps": case["steps"], "positions": 64, "vocab": 512, "draft_vocab": 256}
     prepare(case | small)()
-    found = measured(prepare(case), "cpu", case["repeats"])
+    once = prepare(case)
+    found = measured(once, "cpu", case["repeats"])
+    found["gflop"] = multiplications(once)
     found["tokens_per_second"] = case["positions"] / found["seconds"]
     found["process_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(json.dumps(found))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def measured(once: Callable[[], list[Tensor]], device: str, repeats: int) -> dict[str, float]:
@@ -37,6 +38,28 @@ def measured(once: Callable[[], list[Tensor]], device: str, repeats: int) -> dic
         "beyond_mb": peak - before - returned,
         "returned_mb": returned,
     }
+
+
+def multiplications(once: Callable[[], list[Tensor]]) -> float:
+    """GFLOP of the matrix products and attention of one call, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        once()
+    return counter.get_total_flops() / 1e9
+
+
+def product_rate(device: str, size: int = 2048, seconds: float = 2.0) -> float:
+    """GFLOP/s of one large bf16 matrix product: what this machine's products run at, at best."""
+    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    b = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    fastest = float("inf")
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2.0 * size**3 / fastest / 1e9
 
 
 def _reset_peak(device: str) -> float:

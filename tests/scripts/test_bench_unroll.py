@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scripts.bench_unroll import Case, plot, prepare
+from scripts.peak import multiplications
 
 SMALL = {"draft_vocab": 64, "hidden": 64, "vocab": 200, "precision": "float32"}
 
@@ -39,6 +40,23 @@ def test_what_is_kept_for_the_backward_pass_is_linear_in_steps_and_positions() -
     assert seven - four == pytest.approx(four - one, rel=0.05)
     short, long, longest = (kept(5, T) for T in (64, 128, 192))
     assert longest - long == pytest.approx(long - short, rel=0.05)
+
+
+def test_products_are_counted_forward_and_backward() -> None:
+    a, w = torch.randn(5, 30), torch.randn(30, 40, requires_grad=True)
+
+    def once() -> list[torch.Tensor]:
+        (a @ w).sum().backward()
+        assert w.grad is not None
+        return [w.grad]
+
+    forward = 2 * 5 * 30 * 40 / 1e9
+    assert multiplications(once) == pytest.approx(2 * forward)  # a needs no gradient
+    steps = [
+        multiplications(prepare(Case(steps=n, positions=64, **SMALL)))  # type: ignore[arg-type]
+        for n in (1, 2, 3)
+    ]
+    assert steps[2] - steps[1] == pytest.approx(steps[1] - steps[0], rel=0.05)
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
