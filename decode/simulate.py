@@ -13,7 +13,7 @@ Shape legend: S signals.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -105,10 +105,12 @@ class Played:
 
 @dataclass(frozen=True)
 class Traced:
-    """The same answers drafted from one exit, and what rounds with its drafts cost."""
+    """The same answers drafted from one exit, what rounds with its drafts cost, and milliseconds of
+    looking at each number of a row (`SeenTraced.looked`)."""
 
     trace: Trace
     cost: RoundCost
+    signal_ms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -137,7 +139,7 @@ def _answer(exits: Sequence[Traced], number: int, stop: Stop | None, gamma: int)
         one = exits[-1 if told.leave_at is None else told.leave_at]
         walked = one.trace.walked[number]
         assert walked.starts_I[at] == i, "a trace with stride 1 is needed"
-        length, looking_ms = _length(one.trace, walked.signals_IKS[at], stop, gamma)
+        length, looking_ms = _length(one, walked.signals_IKS[at], stop, gamma)
         accepted = min(int(walked.accepted_I[at]), length)
         tested = min(int(walked.tested_I[at]), length)
         ended = bool(walked.ends_I[at]) and accepted == walked.accepted_I[at]
@@ -151,7 +153,7 @@ def _answer(exits: Sequence[Traced], number: int, stop: Stop | None, gamma: int)
     return Played(answer.prompt_id, rounds, produced, drafted, kept, ms / 1000.0)
 
 
-def _length(trace: Trace, row_KS: np.ndarray, stop: Stop | None, gamma: int) -> tuple[int, float]:
+def _length(one: Traced, row_KS: np.ndarray, stop: Stop | None, gamma: int) -> tuple[int, float]:
     """How many tokens are drafted, and the milliseconds of looking at them."""
     if stop is None:
         return gamma, 0.0
@@ -159,7 +161,7 @@ def _length(trace: Trace, row_KS: np.ndarray, stop: Stop | None, gamma: int) -> 
     for depth in range(gamma):
         seen = SeenTraced(depth, row_KS[depth], stop.judge)
         ends = stop.ends(seen)
-        total += sum(trace.signal_ms.get(name, 0.0) for name in seen.looked)
+        total += sum(one.signal_ms.get(name, 0.0) for name in seen.looked)
         if ends:
             return depth + 1, total
     return gamma, total

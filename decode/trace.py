@@ -21,7 +21,6 @@ Shape legend: I positions of one answer, N answer tokens, K depths, V target voc
 vocabulary.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -63,14 +62,13 @@ class Walked:
 
 @dataclass
 class Trace:
-    """All answers, and what looking at a row costs: milliseconds of each signal of SIGNALS."""
+    """All answers. `lag`: by how many depths the acceptance head is behind."""
 
     gamma: int
     temperature: float
     lag: int
     walked: list[Walked] = field(default_factory=list)
     leave_at: int | None = None
-    signal_ms: dict[str, float] = field(default_factory=dict)
 
 
 class Shadow(Policy):
@@ -90,11 +88,10 @@ class Shadow(Policy):
         coming: Sequence[int],
         p: Callable[[int], Tensor] | None,
         chance: SeededChance,
-        clock: dict[str, list[float]],
         leave_at: int | None = None,
     ) -> None:
         self.gamma, self.temperature, self.leave_at = gamma, temperature, leave_at
-        self.coming, self.p, self.chance, self.clock = coming, p, chance, clock
+        self.coming, self.p, self.chance = coming, p, chance
         self.signals: list[tuple[float, ...]] = []
         self.accepted = self.tested = 0
         self.truth = 0.0
@@ -162,7 +159,7 @@ class Shadow(Policy):
     def _numbers(
         self, depth: int, logits_ND: Tensor, drafted: Tensor, drafter: Drafter
     ) -> tuple[float, ...]:
-        """SIGNALS of the token, and the time each takes (the first pays for log q)."""
+        """SIGNALS of the token but the last."""
         judge = drafter.acceptance
         seen = SeenLive(
             depth,
@@ -172,20 +169,7 @@ class Shadow(Policy):
             drafter=drafter,
             judge=judge,
         )
-        made = []
-        for name, read in (
-            ("row", lambda: seen.logq_D),
-            ("best", lambda: seen.best),
-            ("drawn", lambda: seen.drawn),
-            ("entropy", lambda: seen.entropy),
-            ("judged", lambda: seen.judged if judge is not None else 0.0),
-        ):
-            begin = time.perf_counter()
-            value = read()
-            self.clock.setdefault(name, []).append(time.perf_counter() - begin)
-            if name != "row":
-                made.append(value)
-        return tuple(made)
+        return seen.best, seen.drawn, seen.entropy, seen.judged if judge is not None else 0.0
 
 
 @torch.inference_mode()
@@ -212,16 +196,12 @@ def trace(
     """
     judge = drafter.acceptance
     made = Trace(gamma, temperature, 0 if judge is None else judge.lag, leave_at=leave_at)
-    clock: dict[str, list[float]] = {}
     chance = SeededChance(seed=seed ^ 0x7ACE)
     for done, answer in enumerate(answers):
-        made.walked.append(
-            _walk(target, drafter, answer, made, max_new_tokens, stride, chance, clock)
-        )
+        made.walked.append(_walk(target, drafter, answer, made, max_new_tokens, stride, chance))
         if on_answer is not None:
             full = np.concatenate([w.accepted_I for w in made.walked])
             on_answer(done + 1, 1.0 + float(full.mean()) if len(full) else 1.0)
-    made.signal_ms = {name: 1000.0 * float(np.median(s)) for name, s in clock.items()}
     return made
 
 
@@ -233,7 +213,6 @@ def _walk(
     max_new_tokens: int,
     stride: int,
     chance: SeededChance,
-    clock: dict[str, list[float]],
 ) -> Walked:
     y, start = answer.tokens, len(answer.prompt.tokens)
     text_1T = torch.tensor([answer.text], device=target.device)
@@ -267,7 +246,6 @@ def _walk(
                 coming=y[i : i + made.gamma],
                 p=p if made.temperature > 0.0 else None,
                 chance=chance,
-                clock=clock,
                 leave_at=made.leave_at,
             )
             root = text_1T[0, start + i - 1 : start + i]

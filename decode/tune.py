@@ -2,7 +2,8 @@
 
 1. The target's answers to the prompts are recorded (decode/answers.py), and the drafter drafts from
    every position of them (decode/trace.py).
-2. The real decoder is timed with several chain lengths and without a drafter.
+2. The real decoder is timed with several chain lengths and without a drafter, and so is a look at
+   each number that rules read.
 3. Every rule with every setting is played on the trace (decode/simulate.py): tokens per second.
 4. The best setting of every rule then decodes for real, in turns on the same prompts.
 
@@ -11,7 +12,7 @@ measured in 2 and in 4, and predictions are compared at the pace of 4 (decode/tu
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from decode.simulate import (
     wasted,
 )
 from decode.stop import spec_kv
-from decode.trace import Trace, trace
+from decode.trace import Trace
 from decode.trace_file import kept_trace
 from decode.tune_real import Confirmation, confirm, time_rounds
 from decode.tune_settings import FIXED, Setting, candidates
@@ -133,17 +134,13 @@ def tune(
             kept_trace(target, drafter, answers, run_dir=run_dir, on_answer=on_answer, **settings)
         )
     made = traces[-1]
-    # Looking is timed now, beside everything else that is.
-    signal_ms = trace(target, drafter, answers[:1], stride=6, **settings).signal_ms
-    for one in traces:
-        one.signal_ms = signal_ms
     prompts = [answer.prompt for answer in recording.answers]
     shared: dict[str, Any] = {"target": target, "drafter": drafter, "temperature": T, "seed": seed}
-    costs = time_rounds(
+    costs, signal_ms = time_rounds(
         prompts=prompts[: plan.timed_prompts], longest=longest, max_new_tokens=limit, **shared
     )
     cost = costs[-1]
-    exits = [Traced(one, its) for one, its in zip(traces, costs, strict=True)]
+    exits = [Traced(one, its, signal_ms) for one, its in zip(traces, costs, strict=True)]
     learn_lengths(made, cost, longest, run_dir)
     tried = list(candidates(longest, head, run_dir, costs))
     played = {s.words: play(exits, s.make(), gamma=s.gamma) for s in tried}
@@ -167,7 +164,7 @@ def tune(
         dtype=str(target.dtype).removeprefix("torch."),
         device=str(target.device),
         cost=cost,
-        signal_ms=made.signal_ms,
+        signal_ms=signal_ms,
         settings=predicted,
         best=best,
         confirmed=confirmed,
@@ -209,7 +206,7 @@ def _sweep(
     last = exits[-1].cost.ratio
     other = [
         Traced(
-            replace(one.trace, signal_ms={}),
+            one.trace,
             one.cost.with_ratio(c * one.cost.ratio / last if one is not exits[-1] else c),
         )
         for one in exits

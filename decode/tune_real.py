@@ -1,7 +1,9 @@
 """What a tuning decodes for real: to learn what rounds cost, and to confirm what it predicts."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from conf.console import say
@@ -9,9 +11,11 @@ from decode.interval import Estimate, bootstrap
 from decode.prompts import Prompt
 from decode.session import Decoder, Generation
 from decode.simulate import Played, RoundCost
+from decode.stop.base import Seen, SeenLive, Stop
 from decode.tree.chain import Chain
 from decode.tune_settings import Setting, from_exit
 from decode.verifier.sampling import Sampling
+from models.acceptance import AcceptanceHead
 from models.drafter.base import Drafter
 from models.target import Target
 
@@ -50,6 +54,40 @@ class Confirmation:
     settings: list[Confirmed]
 
 
+class Watching(Stop):
+    """Ends nothing, and times what rules look at while they do in real rounds: behind a forward of
+    the target the same look takes longer than in a loop of looks."""
+
+    def __init__(self, judge: AcceptanceHead | None) -> None:
+        self.judge = judge
+        self.clock: dict[str, list[float]] = {}
+
+    @property
+    def name(self) -> str:
+        return "watching"
+
+    def ends(self, seen: Seen) -> bool:
+        assert isinstance(seen, SeenLive)
+        looks: list[tuple[str, Callable[[], Any]]] = [
+            ("row", lambda: seen.logq_D),
+            ("best", lambda: seen.best),
+            ("drawn", lambda: seen.drawn),
+            ("entropy", lambda: seen.entropy),
+        ]
+        if self.judge is not None and seen.depth >= self.judge.lag:
+            looks.append(("judged", lambda: seen.acceptance))
+        for name, look in looks:
+            begin = time.perf_counter()
+            look()
+            self.clock.setdefault(name, []).append(1000.0 * (time.perf_counter() - begin))
+        return False
+
+    @property
+    def signal_ms(self) -> dict[str, float]:
+        """Mean milliseconds of each look."""
+        return {name: fmean(found) for name, found in self.clock.items()}
+
+
 def time_rounds(
     *,
     target: Target,
@@ -59,9 +97,9 @@ def time_rounds(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-) -> list[RoundCost]:
+) -> tuple[list[RoundCost], dict[str, float]]:
     """Mean milliseconds of real rounds with 1, 2, 4, ... drafts, lengths in turns; for each exit
-    of a drafter that has several."""
+    of a drafter that has several. And of looking at each number of a row."""
     lengths = sorted({1, 2, 4, longest} & set(range(1, longest + 1)))
     say(f"Timing chains of {lengths} drafts on {len(prompts)} prompts.")
     places: list[int | None] = [*range(len(drafter.exit_costs))] or [None]
@@ -79,15 +117,19 @@ def time_rounds(
     plain = Decoder(
         target=target, drafter=None, verifier=Sampling(), policy=None, temperature=temperature
     )
+    watching = Watching(drafter.acceptance)
+    watched = decoder(
+        target, drafter, Setting("", "", longest, lambda: watching), temperature, seed
+    )
     warm_up(target, drafter, prompts[0], longest)
-    made = in_turns({**decoders, "plain": plain}, prompts, max_new_tokens)
+    made = in_turns({**decoders, "plain": plain, "watched": watched}, prompts, max_new_tokens)
     plain_ms = _plain_ms(made["plain"])
 
     def mean_ms(place: int | None, n: int, part: str) -> float:
         rounds = [r for answer in made[place, n] for r in answer.rounds]
         return 1000.0 * sum(getattr(r, part) for r in rounds) / max(1, len(rounds))
 
-    return [
+    costs = [
         RoundCost(
             {n: mean_ms(place, n, "draft_s") for n in lengths},
             {n: mean_ms(place, n, "target_s") for n in lengths},
@@ -96,6 +138,7 @@ def time_rounds(
         )
         for place in places
     ]
+    return costs, watching.signal_ms
 
 
 def _plain_ms(answers: Sequence[Generation]) -> float:

@@ -109,7 +109,7 @@ def by_hand() -> Trace:
     accepted = np.array([2, 0, 0, 1, 1])
     signals = np.zeros((5, 2, 5))
     signals[:, :, 0] = [[0.9, 0.4], [0.9, 0.9], [0.9, 0.9], [0.4, 0.9], [0.9, 0.9]]
-    made = Trace(gamma=2, temperature=0.0, lag=0, signal_ms={"row": 0.25, "best": 0.5, "drawn": 9})
+    made = Trace(gamma=2, temperature=0.0, lag=0)
     made.walked.append(
         Walked(
             prompt_id="a",
@@ -131,7 +131,8 @@ def test_rounds_and_times_by_hand() -> None:
     assert (whole.rounds, whole.produced, whole.drafted, whole.accepted) == (2, 5, 4, 3)
     assert whole.seconds == pytest.approx(2 * 26.0 / 1000)
     # best < 0.5 ends behind the token: at 1 behind the second, at 4 behind the first.
-    (ended,) = play([Traced(by_hand(), cost)], Confidence(threshold=0.5), gamma=2)
+    looks = {"row": 0.25, "best": 0.5, "drawn": 9.0}
+    (ended,) = play([Traced(by_hand(), cost, looks)], Confidence(threshold=0.5), gamma=2)
     assert (ended.rounds, ended.produced, ended.drafted, ended.accepted) == (2, 5, 3, 3)
     # Three rows were looked at: log q and its largest, 0.75 ms each.
     assert ended.seconds == pytest.approx((26.0 + 23.0 + 3 * 0.75) / 1000)

@@ -65,7 +65,6 @@ def test_numbers_of_a_row(target: Target) -> None:
     expected = head.judged(states_1d, logq_ND=logq_D[None], drafted_N=best_1, drafter=drafter)
     assert row["judged"] == pytest.approx(float(expected[0]), abs=1e-5)
     assert row["truth"] == float(found.walked[0].accepted_I[0] > 0)
-    assert set(found.signal_ms) == {"row", *SIGNALS[:-1]}
 
 
 def _root(tokens: torch.Tensor) -> Frontier:
@@ -120,9 +119,7 @@ def test_drafts_and_answers_are_drawn_jointly(reduced: bool) -> None:
     drafted, accepted, truth = torch.zeros(3), 0, 0.0
     for _ in range(draws):
         y = chance.draw(p_V)
-        shadow = Shadow(
-            gamma=1, temperature=1.0, coming=[y], p=lambda _: p_V, chance=chance, clock={}
-        )
+        shadow = Shadow(gamma=1, temperature=1.0, coming=[y], p=lambda _: p_V, chance=chance)
         children = shadow.grow(0, None, q_D.log()[None], drafter)  # type: ignore[arg-type]
         assert children is not None
         token = int(children.tokens_M[0])

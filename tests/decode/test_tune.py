@@ -1,6 +1,7 @@
-"""A tuning of a drafter with several exits: every exit is traced, timed and confirmed."""
+"""A tuning: what it times, and that every exit of a drafter is traced, timed and confirmed."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,10 +11,34 @@ from decode.session import Decoder
 from decode.stop.exit import Exit
 from decode.tree.chain import Chain
 from decode.tune import TunePlan, tune
+from decode.tune_real import Watching
 from decode.verifier.sampling import Sampling
+from models.acceptance import AcceptanceHead
 from models.target import Target
 from tests.decode.toy import PROMPTS
 from tests.models.drafter.test_sorted_lm import sorted_lm
+
+
+@pytest.mark.parametrize("reads", ["drawn", "candidate"])
+def test_looks_are_timed_in_real_rounds(target: Target, reads: str) -> None:
+    """Every number of every draft of every round; a head that reads candidates is asked one row
+    later."""
+    drafter = sorted_lm(target)
+    size: dict[str, Any] = {"state_size": 32, "embedding_size": 32, "reads": reads}
+    drafter.set_acceptance(AcceptanceHead(**size))
+    watching = Watching(drafter.acceptance)
+    policy = Chain(gamma=3, stop=watching)
+    decoder = Decoder(target=target, drafter=drafter, verifier=Sampling(), policy=policy)
+    made = decoder.generate(PROMPTS[0], max_new_tokens=12, stop_at_eos=False)
+    drafts = 3 * len(made.rounds)
+    judged = drafts if reads == "drawn" else 2 * len(made.rounds)
+    counts = {name: len(times) for name, times in watching.clock.items()}
+    assert counts == dict.fromkeys(("row", "best", "drawn", "entropy"), drafts) | {"judged": judged}
+    assert all(ms > 0 for ms in watching.signal_ms.values())
+    rule = Decoder(
+        target=target, drafter=drafter, verifier=Sampling(), policy=Chain(gamma=3)
+    ).generate(PROMPTS[0], max_new_tokens=12, stop_at_eos=False)
+    assert made.tokens == rule.tokens
 
 
 def test_exits_are_settings_too(
