@@ -128,20 +128,20 @@ def _off(ratio: Estimate) -> str:
 
 
 def tune_plot(t: Tuned, file: Path, *, caption: str) -> None:
-    """Every setting: tokens per second over drafts a round; beside it what other pairs would gain
-    from stopping."""
+    """Every setting: tokens per second over drafts a round, at the pace of confirming where
+    something was confirmed; beside it what other pairs would gain from stopping."""
     figure = Figure(figsize=(11.5, 5.2), facecolor="white")
     FigureCanvasAgg(figure)
-    best = t.best[0]
-    headline = f"{best.tokens_per_s.value:.1f} tokens/s predicted with {best.rule}"
+    best, pace = t.best[0], t.confirmed.pace
+    headline = f"{best.tokens_per_s.value / pace:.1f} tokens/s predicted with {best.rule}"
     figure.text(0.03, 0.945, headline, fontsize=18, weight="bold", color=INK, va="center")
     figure.text(0.03, 0.885, caption, fontsize=10, color=QUIET, va="center")
     left, right = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.065, right=0.97, top=0.73, bottom=0.115, wspace=0.2)
+    figure.subplots_adjust(left=0.065, right=0.97, top=0.73, bottom=0.19, wspace=0.2)
     style(left, "Tokens per second", "each dot a setting; stars are measured")
     for rule in dict.fromkeys(p.rule for p in t.settings):
         points = sorted(
-            (p.drafts_per_step, p.tokens_per_s.value) for p in t.settings if p.rule == rule
+            (p.drafts_per_step, p.tokens_per_s.value / pace) for p in t.settings if p.rule == rule
         )
         color = COLORS.get(rule, INK)
         x, y = zip(*points, strict=True)
@@ -151,12 +151,21 @@ def tune_plot(t: Tuned, file: Path, *, caption: str) -> None:
         left.plot(
             drafts[c.words], c.measured.value, "*", color=COLORS.get(c.rule, INK), markersize=13
         )
-    left.axhline(1000.0 / t.cost.plain_ms, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
-    left.annotate("plain decoding", (0.99, 1000.0 / t.cost.plain_ms),
+    plain = 1000.0 / t.cost.plain_ms / pace
+    left.axhline(plain, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
+    left.annotate("plain decoding", (0.99, plain),
                   xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8.5,
                   color=QUIET)  # fmt: skip
     left.set_xlabel("drafts a round", fontsize=9.5, color=QUIET)
-    left.legend(frameon=False, fontsize=8.5, labelcolor=INK, ncols=2)
+    figure.legend(
+        *left.get_legend_handles_labels(),
+        loc="lower left",
+        bbox_to_anchor=(0.055, 0.005),
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=INK,
+        ncols=9,
+    )
 
     style(right, "What stopping would gain elsewhere", "best rule over best fixed length, 95 %")
     ratios = [c for c, _, _ in t.sweep]
