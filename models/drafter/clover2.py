@@ -18,6 +18,7 @@ from models.drafter.base import Depth, Drafter, Frontier
 from models.head import Head, build_head
 from models.lm_shape import build_inner, with_layers
 from models.lm_weights import load_weights, target_weights
+from models.scales import typical_sizes
 from models.target import Features, Target
 
 EPS = 1e-6
@@ -29,7 +30,9 @@ class GatedToken(nn.Module):
     """x + cos(q_h, k_h) v_h, head by head: a token y told to a state x as far as they agree.
 
     q = A rms(x), k = B y, v = C y, all d x d with bias. The paper calls it an attention block; with
-    one key the weight is the cosine itself. At the start A and B pass on and C is small.
+    one key the weight is the cosine itself. At the start A and B pass on and C is small, as
+    published: y is then told with about nothing, and the product of two small things has hardly a
+    gradient. `tell` begins otherwise.
     """
 
     def __init__(self, *, hidden_size: int, num_heads: int) -> None:
@@ -39,6 +42,14 @@ class GatedToken(nn.Module):
         self.query = passing(nn.Linear(hidden_size, hidden_size))
         self.key = passing(nn.Linear(hidden_size, hidden_size))
         self.value = passing(nn.Linear(hidden_size, hidden_size), identity=False)
+
+    @torch.no_grad()
+    def tell(self, scale: float) -> None:
+        """Begin as about x + 0.7 `scale` y: biases of one give q and k a common direction (the
+        cosine of rms(x) + 1 and 1 is 1 / sqrt(2)), and v = scale y."""
+        nn.init.ones_(self.query.bias)
+        nn.init.ones_(self.key.bias)
+        self.value.weight.copy_(scale * torch.eye(len(self.value.weight)))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         made = (self.query(self.norm(x)), self.key(y), self.value(y))
@@ -82,6 +93,10 @@ class Clover2(Drafter):
 
     Loss: sum_k 0.7^k (10 SmoothL1(o^k_t, f_{t+1+k}) + 1.0 soft cross-entropy(p_{t+1+k}, q)).
 
+    With `start`=told the gates begin by telling tokens in the size of the states they are told to,
+    so that the first draft knows its token from the first step on; `published` needs a training
+    many times longer for that (`GatedToken`).
+
     Deviations from the released code: the layers start from the last ones, each from its own (there
     all from one layer); losses count the tokens to learn (there the mask is not shifted).
     """
@@ -93,6 +108,7 @@ class Clover2(Drafter):
         vocab_size: int,
         target_config: dict[str, Any],
         input: Literal["residual", "final"] = "residual",
+        start: Literal["told", "published"] = "told",
         num_heads: int = 5,
         num_layers: int = 2,
         draft_vocab_size: int | None = None,
@@ -107,7 +123,7 @@ class Clover2(Drafter):
                 f"drafter.num_layers={num_layers} should lie between 1 and {total}, the number of "
                 "the target's layers, because they start from its last ones; give another number."
             )
-        self.num_heads = num_heads
+        self.num_heads, self.start_from = num_heads, start
         self.feature_layers = (total,) if input == "residual" else ()
         self.kept = tuple(range(total - num_layers, total))
         shape = with_layers(target_config, self.kept) | {"dtype": None}
@@ -138,6 +154,16 @@ class Clover2(Drafter):
         load_weights(self.inner, target_weights(target, self.kept), own_embedding=False)
         self.out_norm.load_state_dict(self.inner.norm.state_dict())
         self.lm_head.init_from(target, self.draft_ids_D)
+        if self.start_from == "told":
+            told = float(target.head_weight_Vd.float().square().mean().sqrt())
+            first = later = 1.0
+            if calibration:
+                sizes = typical_sizes(target, calibration, self.feature_layers)
+                first = later = sizes.final
+                if self.feature_layers:
+                    first = sizes.layers[self.feature_layers[0]]
+            self.first.tell(first / told)
+            self.later.tell(later / told)
 
     def _told(self, tokens: Tensor) -> Tensor:
         """w: rows of the target's vocabulary head."""

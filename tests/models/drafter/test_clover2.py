@@ -86,7 +86,7 @@ def test_starts_from_the_targets_last_layers_and_final_norm() -> None:
     decoder = target.model.get_decoder()
     with torch.no_grad():
         decoder.norm.weight.uniform_(0.5, 1.5)
-    drafter = clover(target, num_layers=2)
+    drafter = clover(target, num_layers=2, start="published")
     for ours, theirs in zip(drafter.inner.layers, decoder.layers[2:], strict=True):
         assert torch.equal(ours.self_attn.q_proj.weight, theirs.self_attn.q_proj.weight)
         assert torch.equal(ours.mlp.down_proj.weight, theirs.mlp.down_proj.weight)
@@ -99,6 +99,31 @@ def test_starts_from_the_targets_last_layers_and_final_norm() -> None:
     assert float(extra.max()) <= 0.01 + 1e-6
     assert float(extra.mean()) == pytest.approx(0.005, rel=0.1)
     assert float(drafter.first.value.weight.detach().max()) <= 0.01
+
+
+@pytest.mark.parametrize("read", ["residual", "final"])
+def test_gates_begin_by_telling_tokens_in_the_size_of_states(target: Target, read: Any) -> None:
+    """x + about 0.7 of y, y made as large as the state typically is."""
+    drafter = clover(target, input=read, num_heads=3)
+    texts = [torch.randint(3, target.vocab_size, (40,)) for _ in range(4)]
+    drafter.init_from(target, texts)
+    features = target.forward(texts[0][None], layers=drafter.feature_layers)
+    streams = {"residual": features.layers.get(4), "final": features.final_BTd}
+    told = drafter._told(texts[0][1:])
+
+    def size(x: Tensor) -> float:
+        return float(x.square().mean(-1).sqrt().median())
+
+    for gate, given in ((drafter.first, streams[read]), (drafter.later, streams["final"])):
+        assert given is not None
+        states = given[0, :-1]
+        added = (gate(states, told) - states).detach()
+        ratio = (added * told).sum(-1) / told.square().sum(-1)  # times y, along y
+        cosine = torch.nn.functional.cosine_similarity(added, told, dim=-1)
+        assert float(cosine.mean()) > 0.9
+        assert float(ratio.mean()) * size(target.head_weight_Vd) == pytest.approx(
+            0.7 * size(states), rel=0.3
+        )
 
 
 def test_parameter_count(target: Target) -> None:
