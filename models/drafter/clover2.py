@@ -93,7 +93,7 @@ class Clover2(Drafter):
 
     Loss: sum_k 0.7^k (10 SmoothL1(o^k_t, f_{t+1+k}) + 1.0 soft cross-entropy(p_{t+1+k}, q)).
 
-    With `start`=told the gates begin by telling tokens in the size of the states they are told to,
+    With `gates`=told the gates begin by telling tokens in the size of the states they are told to,
     so that the first draft knows its token from the first step on; `published` needs a training
     many times longer for that (`GatedToken`).
 
@@ -108,7 +108,7 @@ class Clover2(Drafter):
         vocab_size: int,
         target_config: dict[str, Any],
         input: Literal["residual", "final"] = "residual",
-        start: Literal["told", "published"] = "told",
+        gates: Literal["told", "published"] = "told",
         num_heads: int = 5,
         num_layers: int = 2,
         draft_vocab_size: int | None = None,
@@ -123,7 +123,7 @@ class Clover2(Drafter):
                 f"drafter.num_layers={num_layers} should lie between 1 and {total}, the number of "
                 "the target's layers, because they start from its last ones; give another number."
             )
-        self.num_heads, self.start_from = num_heads, start
+        self.num_heads, self.gates = num_heads, gates
         self.feature_layers = (total,) if input == "residual" else ()
         self.kept = tuple(range(total - num_layers, total))
         shape = with_layers(target_config, self.kept) | {"dtype": None}
@@ -154,7 +154,7 @@ class Clover2(Drafter):
         load_weights(self.inner, target_weights(target, self.kept), own_embedding=False)
         self.out_norm.load_state_dict(self.inner.norm.state_dict())
         self.lm_head.init_from(target, self.draft_ids_D)
-        if self.start_from == "told":
+        if self.gates == "told":
             told = float(target.head_weight_Vd.float().square().mean().sqrt())
             first = later = 1.0
             if calibration:

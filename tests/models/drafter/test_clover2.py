@@ -86,7 +86,7 @@ def test_starts_from_the_targets_last_layers_and_final_norm() -> None:
     decoder = target.model.get_decoder()
     with torch.no_grad():
         decoder.norm.weight.uniform_(0.5, 1.5)
-    drafter = clover(target, num_layers=2, start="published")
+    drafter = clover(target, num_layers=2, gates="published")
     for ours, theirs in zip(drafter.inner.layers, decoder.layers[2:], strict=True):
         assert torch.equal(ours.self_attn.q_proj.weight, theirs.self_attn.q_proj.weight)
         assert torch.equal(ours.mlp.down_proj.weight, theirs.mlp.down_proj.weight)
