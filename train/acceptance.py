@@ -412,6 +412,11 @@ def borrow(cfg: DictConfig) -> DictConfig:
     borrowed = cfg.copy()
     OmegaConf.set_readonly(borrowed, False)
     own = ("dataset",) if cfg.acceptance.get("data", "start") == "start" else ()
+    if own:
+        say(
+            f"Acceptance head: learns from '{run.config.dataset.name}', the dataset of its "
+            "drafter's run; acceptance.data=given takes the one of dataset=<name> instead."
+        )
     for name in ("target", "drafter", *own):
         borrowed[name] = run.config[name]
     borrowed.start = str(run.path)

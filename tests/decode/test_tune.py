@@ -48,7 +48,7 @@ def test_exits_are_settings_too(
     prompts = [Prompt(f"p{i}", tokens, "") for i, tokens in enumerate(PROMPTS)]
     recording = record(target, prompts, bench="toy", max_new_tokens=12)
     drafter = sorted_lm(target)
-    plan = TunePlan(gamma=2, timed_prompts=1, confirm_prompts=4)
+    plan = TunePlan(gamma=2, timed_prompts=1, confirm_prompts=len(prompts))
     made = tune(target=target, drafter=drafter, recording=recording, plan=plan, run_dir=tmp_path)
     words = [p.words for p in made.settings]
     assert [w for w in words if "stop=exit" in w] == [
@@ -58,7 +58,10 @@ def test_exits_are_settings_too(
     assert {"exit", "del_exit"} <= set(rules)
     assert rules["del_exit"].words.startswith("tree.gamma=2 stop=del_exit stop.costs=[")
     assert len(list((tmp_path / "tune").glob("trace-*"))) == 3
+    assert len(prompts) == plan.confirm_prompts
+    traced = {p.words: p.tokens_per_s.value for p in made.settings}
     for c in rules.values():
+        assert c.said == pytest.approx(traced[c.words])
         # Greedy texts are those that were traced, so time alone can differ, and at one pace.
         assert c.tau_ratio.value == pytest.approx(1.0)
         assert c.said == pytest.approx(c.predicted * made.confirmed.pace)

@@ -221,7 +221,7 @@ def test_trained_together_both_move(small_lm: Path, recipe: Recipe, tmp_path: Pa
 
 
 def test_prompts_that_the_drafter_has_not_seen(
-    small_lm: Path, recipe: Recipe, tmp_path: Path
+    small_lm: Path, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The run's own dataset unless another is given; calibrated on that one's held-out prompts."""
     given = ["+experiment=specdec_pp", f"start={small_lm}", "acceptance.temperature=0"]
@@ -238,6 +238,7 @@ def test_prompts_that_the_drafter_has_not_seen(
         assert head.calibration is not None
         assert head.calibration["prompts_measured"] == (3 if data == "given" else 2)
     assert (made["start"][0], made["given"][0]) == ("sampled", "fresh")
+    assert capsys.readouterr().err.count("learns from 'sampled'") == 1  # dataset= counted once
     assert made["start"][1] == made["given"][1]
 
 
