@@ -90,7 +90,7 @@ def sentences(t: Tuned) -> list[str]:
     """Which is best here, how good the prediction was, and where stopping would pay."""
     best = t.best[0]
     said = (
-        f"Best here: {best.words} with {best.tokens_per_s} tokens/s predicted, "
+        f"Best here: {best.words} with {best.tokens_per_s} tokens/s predicted as timed, "
         f"{best.gain.value - 1:+.1%} [{best.gain.low - 1:+.1%}, {best.gain.high - 1:+.1%}] over "
         f"the best fixed length; a draft costs {t.cost.ratio:.3f} of a plain token "
         f"({t.cost.step_ms:.2f} of {t.cost.plain_ms:.1f} ms)."
