@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
+from models.autocast import in_autocast
 from models.cache import GrowingCache, causal_rows
 from models.drafter.base import Depth, Drafter, Frontier
 from models.drafter.blocks import Rotary, layer_config
@@ -66,7 +67,7 @@ class FeatureLayer(nn.Module):
     ) -> Tensor:
         """`memory` takes the keys and values of these rows, and is what they attend to."""
         attended_BTd, _ = self.self_attn(
-            hidden_states=z_BTe,
+            hidden_states=in_autocast(z_BTe),
             position_embeddings=self.rotary(residual_BTd, positions_BT),
             attention_mask=None,
             past_key_values=memory,
@@ -74,7 +75,7 @@ class FeatureLayer(nn.Module):
         )
         a_BTd = residual_BTd + attended_BTd
         wide = torch.cat([a_BTd] * self.outputs, dim=-1) if self.outputs > 1 else a_BTd
-        return wide + self.mlp(self.post_attention_layernorm(a_BTd))
+        return wide + self.mlp(in_autocast(self.post_attention_layernorm(a_BTd)))
 
 
 class Verified:

@@ -28,6 +28,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from models.autocast import in_autocast
+from models.causal import causal, causal_backward
+
 Row = Any
 """A row or level index: an int, or integer tensors that broadcast."""
 
@@ -48,25 +51,25 @@ class Levels:
 
     def update(self, keys_BGTc: Tensor, values_BGTc: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Take the keys and values of the next level."""
-        self.keys.append(_cast(keys_BGTc))
-        self.values.append(_cast(values_BGTc))
+        self.keys.append(in_autocast(keys_BGTc))
+        self.values.append(in_autocast(values_BGTc))
         return keys_BGTc, values_BGTc
 
     def attend(self, queries_BHTc: Tensor, scale: float) -> Tensor:
         """What the queries of the newest level read, `[B, H, T, c]`."""
-        return attend_levels(_cast(queries_BHTc), self.keys, self.values, scale)
+        return attend_levels(in_autocast(queries_BHTc), self.keys, self.values, scale)
 
 
 def attend_levels(
     queries_BHTc: Tensor, keys: list[Tensor], values: list[Tensor], scale: float
 ) -> Tensor:
     """Attention of the last level's queries over the `[B, G, T, c]` keys of levels 0..K-1."""
+    if fused(queries_BHTc):
+        return _JoinedLevels.apply(scale, len(keys), queries_BHTc, *keys, *values)  # type: ignore[return-value]
     if len(keys) == 1:
         return scaled_dot_product_attention(
             queries_BHTc, keys[0], values[0], is_causal=True, scale=scale, enable_gqa=True
         )
-    if fused(queries_BHTc):
-        return _JoinedLevels.apply(scale, len(keys), queries_BHTc, *keys, *values)  # type: ignore[return-value]
     mask = block_mask(queries_BHTc.shape[2], len(keys), queries_BHTc.device)
     return _compiled(flex_attention)(
         queries_BHTc,
@@ -115,7 +118,7 @@ class _JoinedLevels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale: float, levels: int, queries_BHTc: Tensor, *both: Tensor) -> Tensor:
         keys, values = both[:levels], both[levels:]
-        causal_BHTc, lse_BHT, extra = _causal(queries_BHTc, keys[0], values[0], scale)
+        causal_BHTc, lse_BHT, extra = causal(queries_BHTc, keys[0], values[0], scale)
         queries = _grouped(queries_BHTc, keys[0])
         scores = [_scores(queries, key_BGTc, scale) for key_BGTc in keys[1:]]
         lse = _grouped(lse_BHT, keys[0])
@@ -134,7 +137,7 @@ class _JoinedLevels(torch.autograd.Function):
         keys, values = both[: ctx.levels], both[ctx.levels :]
         dout_BHTc = outer[0]
         parts = (dout_BHTc, queries_BHTc, keys[0], values[0], out_BHTc, joined.flatten(1, 2))
-        dq, dk, dv = _causal_backward(parts, ctx.extra, ctx.scale)
+        dq, dk, dv = causal_backward(parts, ctx.extra, ctx.scale)
         queries, dout = _grouped(queries_BHTc, keys[0]), _grouped(dout_BHTc, keys[0])
         # Softmax: ds = weight (dweight - delta), with delta the same for all keys of a row.
         delta = _scores(dout, _grouped(out_BHTc, keys[0]), 1.0)
@@ -149,40 +152,6 @@ class _JoinedLevels(torch.autograd.Function):
         return None, None, dqueries.flatten(1, 2).to(queries_BHTc.dtype), *dkeys, *dvalues
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
-    """Causal attention, the log-sum-exps of its rows, and what its backward pass asks for besides.
-
-    Both kernels let several query heads share a key head.
-    """
-    aten = torch.ops.aten
-    if q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, True, attn_mask=None, scale=scale
-        )
-        return out, lse, None
-    out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = (
-        aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
-    )
-    return out, lse, (cum_q, cum_k, max_q, max_k, seed, offset)
-
-
-def _causal_backward(
-    given: tuple[Tensor, ...], extra: Any, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, for the given output and log-sum-exps of whole rows."""
-    dout, q, k, v, out, lse = given
-    aten = torch.ops.aten
-    if extra is None:
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, True, attn_mask=None, scale=scale
-        )
-    cum_q, cum_k, max_q, max_k, seed, offset = extra
-    return aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, lse.contiguous(), cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset,
-        scale=scale,
-    )  # fmt: skip
-
-
 def _grouped(x: Tensor, keys_BGTc: Tensor) -> Tensor:
     """`[B, H, ...]` -> `[B, G, R, ...]`: query heads beside the key head they share."""
     return x.unflatten(1, (keys_BGTc.shape[1], -1))
@@ -193,12 +162,6 @@ def _scores(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     keys = keys if keys.dim() == queries.dim() else keys[:, :, None]
     dtype = torch.promote_types(queries.dtype, torch.float32)
     return (queries * keys).sum(-1, dtype=dtype) * scale
-
-
-def _cast(x: Tensor) -> Tensor:
-    """Autocast multiplies attention in its own dtype; a function of ours has to ask for it."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _attend_memory(

@@ -20,7 +20,8 @@ from models.drafter.base import Depth
 from train.gradients import Gradients
 from train.lesson import Lesson, TargetProjection, draft_labels, make_lesson, rows_of
 from train.losses import RowLoss, TargetRows
-from train.walk import Piece, Taught, Walk, labels_on_top, rows_per_chunk
+from train.pieces import Piece, Taught, labels_on_top
+from train.walk import Walk, rows_per_chunk
 
 __all__ = [
     "Lesson",
@@ -151,15 +152,14 @@ class _ChunkedLoss(torch.autograd.Function):
         loss_K = torch.zeros_like(work.weights_K)
         right_K = torch.zeros_like(loss_K)
         for pieces, start, stop in walk.chunks():
-            for piece in pieces:
-                piece.project(walk.cast, differentiate=bool(tensors))
+            products = walk.project(pieces, differentiate=bool(tensors))
             for piece, rows_n, target in walk.blocks(pieces, start, stop):
                 with torch.autocast(loss_K.device.type, enabled=False):
                     summed, right = _block(work, gradients, piece, rows_n, target)
                 loss_K[piece.k] += summed
                 right_K[piece.k] += right
-            for piece in pieces:
-                piece.backward(gradients)
+            for product in products:
+                product.backward(gradients)
         ctx.grads = [gradients.of[id(t)] for t in work.tensors] if tensors else None
         ctx.mark_non_differentiable(loss_K, right_K)
         return (work.weights_K * loss_K).sum(), loss_K, right_K

@@ -40,4 +40,4 @@ class Gradients:
             return
         step = max(1, TILE // h_nd.shape[-1])
         for begin in range(0, len(grad_Dd), step):
-            grad_Dd[begin : begin + step] += dz_nD[:, begin : begin + step].T @ h_nd
+            grad_Dd[begin : begin + step].add_(dz_nD[:, begin : begin + step].T @ h_nd)

@@ -60,11 +60,15 @@ def test_equals_the_dense_softmax_gradients_too(K: int) -> None:
 def test_bf16_is_as_near_as_bf16_can_be() -> None:
     queries, both = _random(4, T=200, dtype=torch.float32)
     expected = _dense(queries, both[:4], both[4:], 0.3)
-    small = [t.bfloat16() for t in both]
-    with torch.no_grad():
-        found = attend_levels(queries.bfloat16(), small[:4], small[4:], 0.3)
-        assert found.dtype == torch.bfloat16
-        assert float((found.float() - expected).abs().max()) < 0.03
+    small = [t.detach().bfloat16().requires_grad_() for t in (queries, *both)]
+    found = attend_levels(small[0], small[1:5], small[5:], 0.3)
+    assert found.dtype == torch.bfloat16
+    assert float((found.float() - expected).detach().abs().max()) < 0.03
+    outer = torch.randn_like(expected)
+    ours = torch.autograd.grad(found, small, outer.bfloat16())
+    theirs = torch.autograd.grad(expected, [queries, *both], outer)
+    for a, b in zip(ours, theirs, strict=True):
+        assert float((a.float() - b).norm() / b.norm()) < 0.015
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
