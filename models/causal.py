@@ -38,9 +38,9 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     Several query heads may share a key head.
     """
     aten = torch.ops.aten
+    if in_blocks(q):
+        return *_forward_blocks(q, k, v, scale), None
     if q.device.type == "cpu":
-        if _in_blocks(q):
-            return *_forward_blocks(q, k, v, scale), None
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, True, attn_mask=None, scale=scale
         )
@@ -61,9 +61,9 @@ def causal_backward(
     """
     dout, q, k, v, out, lse = given
     aten = torch.ops.aten
+    if in_blocks(q):
+        return _backward_blocks(given, scale)
     if extra is None:
-        if _in_blocks(q):
-            return _backward_blocks(given, scale)
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, True, attn_mask=None, scale=scale
         )
@@ -74,8 +74,9 @@ def causal_backward(
     )  # fmt: skip
 
 
-def _in_blocks(q: Tensor) -> bool:
-    return IN_BLOCKS and q.dtype == torch.bfloat16
+def in_blocks(q: Tensor) -> bool:
+    """Whether products over blocks are the faster way for these queries."""
+    return IN_BLOCKS and q.device.type == "cpu" and q.dtype == torch.bfloat16
 
 
 def _forward_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

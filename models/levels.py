@@ -29,7 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from models.autocast import in_autocast
-from models.causal import causal, causal_backward
+from models.causal import causal, causal_backward, in_blocks
 
 Row = Any
 """A row or level index: an int, or integer tensors that broadcast."""
@@ -64,12 +64,12 @@ def attend_levels(
     queries_BHTc: Tensor, keys: list[Tensor], values: list[Tensor], scale: float
 ) -> Tensor:
     """Attention of the last level's queries over the `[B, G, T, c]` keys of levels 0..K-1."""
-    if fused(queries_BHTc):
-        return _JoinedLevels.apply(scale, len(keys), queries_BHTc, *keys, *values)  # type: ignore[return-value]
-    if len(keys) == 1:
+    if len(keys) == 1 and not in_blocks(queries_BHTc):
         return scaled_dot_product_attention(
             queries_BHTc, keys[0], values[0], is_causal=True, scale=scale, enable_gqa=True
         )
+    if fused(queries_BHTc):
+        return _JoinedLevels.apply(scale, len(keys), queries_BHTc, *keys, *values)  # type: ignore[return-value]
     mask = block_mask(queries_BHTc.shape[2], len(keys), queries_BHTc.device)
     return _compiled(flex_attention)(
         queries_BHTc,
