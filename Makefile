@@ -3,7 +3,7 @@
 #   make test         environment and the whole test suite in JOBS processes (PYTEST_ARGS adds options)
 #   make engines      serving engines in environments of their own; their tests are skipped without
 #   make check        lint, format, types, import contract
-#   make bench        speed and memory of the chunked loss and of an EAGLE-3 training step
+#   make bench        speed and memory of attention, the chunked loss and an EAGLE-3 training step
 #                     (PEER=<python with speculators 0.9> measures that library beside them)
 
 PYTHON ?= python3
@@ -48,5 +48,6 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(STAMP)
+	$(BIN)/python -m scripts.bench_attention
 	$(BIN)/python -m scripts.bench_loss $(if $(PEER),--peer $(PEER))
 	$(BIN)/python -m scripts.bench_unroll --steps 3 7 --positions 512 1024 2048 $(if $(PEER),--peer $(PEER))

@@ -12,10 +12,10 @@ Shape legend: T positions, H query heads, G key heads, c head size.
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from rich.table import Table
-from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from conf.console import console, say
@@ -44,20 +44,17 @@ def row(T: int, heads: tuple[int, int, int], repeats: int) -> list[str]:
     )
     (exact_dq,) = torch.autograd.grad(out, exact_q, dout.double())
     cells = []
-    for blocks in (True, False):
-        attention.IN_BLOCKS = blocks
-
-        def forward() -> tuple[Tensor, Tensor, object]:
-            return attention.causal(q, k, v, scale)
-
-        out, lse, extra = forward()
-
-        def backward(out: Tensor = out, lse: Tensor = lse, extra: object = extra) -> list[Tensor]:
-            return list(attention.causal_backward((dout, q, k, v, out, lse), extra, scale))
-
-        error = float((backward()[0].double() - exact_dq).norm() / exact_dq.norm())
-        cells.append(f"{fastest(forward, repeats):.1f} + {fastest(backward, repeats):.1f}")
-        cells.append(f"{error:.2%}")
+    try:
+        for attention.IN_BLOCKS in (True, False):
+            out, lse, extra = attention.causal(q, k, v, scale)
+            given = (dout, q, k, v, out, lse)
+            dq, _, _ = attention.causal_backward(given, extra, scale)
+            error = float((dq.double() - exact_dq).norm() / exact_dq.norm())
+            forward = fastest(partial(attention.causal, q, k, v, scale), repeats)
+            backward = fastest(partial(attention.causal_backward, given, extra, scale), repeats)
+            cells += [f"{forward:.1f} + {backward:.1f}", f"{error:.2%}"]
+    finally:
+        attention.IN_BLOCKS = True
     return [f"{T:,}", *cells]
 
 
