@@ -10,12 +10,15 @@ fast (`python -m scripts.bench_attention`). With s = scale q k and s* the log-su
 
 Products are rounded to bf16, which would make the weights of large scores wrong by percents. The
 subtractions are therefore part of the products: [q, -s*] [k, 1] is s - s* before it is rounded, and
-is near 0 where the weight is large. s* and delta, fp32, come as two bf16 columns each.
+is near 0 where the weight is large. s* and delta, fp32, come as two bf16 columns each. Of the scale
+only a power of two is multiplied into q, which loses nothing; the rest r, 1 for heads of 64 or 256,
+multiplies what the product gave: s = r (q' k), q' = (scale / r) q.
 
 Shape legend: B sequences, T positions, H query heads, G key and value heads, R = H / G, c head
 size, n rows of a block, e keys before its end, w = c + 2, N = B * G.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,7 +85,8 @@ def in_blocks(q: Tensor) -> bool:
 def _forward_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, H, T, c = q.shape
     G = k.shape[1]
-    q_NRTc = _per_key_head(q * scale, G)
+    power, rest = _power_of_two(scale)
+    q_NRTc = _per_key_head(q * power, G)
     k_Nwe = _widened(k.flatten(0, 1), k.new_ones(B * G, T, 1)).mT
     v_NTc = v.flatten(0, 1).contiguous()
     out = torch.empty_like(q_NRTc)
@@ -95,11 +99,11 @@ def _forward_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
         m = s.amax(-1, keepdim=True)
         s = _scores(_widened(q_Nnc, -m.flatten(1, 2)), k_Nwe[..., :stop], stop - start)
         s[..., start:].add_(hidden)
-        w = s.exp_()
+        w = _times(s, rest).exp_()
         total = _row_sums(w)
         read = torch.bmm(w.flatten(1, 2), v_NTc[:, :stop]).unflatten(1, (-1, stop - start))
         out[:, :, start:stop] = read / total
-        lse[:, :, start:stop] = (total.log() + m)[..., 0]
+        lse[:, :, start:stop] = (total.log() + rest * m.float())[..., 0]
     return out.view(B, H, T, c), lse.view(B, H, T)
 
 
@@ -107,9 +111,10 @@ def _backward_blocks(given: tuple[Tensor, ...], scale: float) -> tuple[Tensor, T
     dout, q, k, v, out, lse = given
     B, H, T, c = q.shape
     G = k.shape[1]
+    power, rest = _power_of_two(scale)
     ones = k.new_ones(B * G, T, 2)
     delta = (dout * out).sum(-1, dtype=torch.float32)
-    q_NRTw = _per_key_head(_widened(q * scale, _two(-lse)), G)
+    q_NRTw = _per_key_head(_widened(q * power, _two(-lse / rest)), G)
     d_NRTw = _per_key_head(_widened(dout, _two(-delta)), G)
     k_NTw, v_NTw = _widened(k.flatten(0, 1), ones), _widened(v.flatten(0, 1), ones)
     dq = q.new_empty(B * G, H // G, T, c)
@@ -118,16 +123,16 @@ def _backward_blocks(given: tuple[Tensor, ...], scale: float) -> tuple[Tensor, T
         q_Nnw, d_Nnw = (x[:, :, start:stop].flatten(1, 2) for x in (q_NRTw, d_NRTw))
         s = _scores(q_Nnw, k_NTw[:, :stop].mT, stop - start)
         s[..., start:].add_(hidden)
-        w = s.exp_().flatten(1, 2)
+        w = _times(s, rest).exp_().flatten(1, 2)
         dv[:, :stop].add_(torch.bmm(w.mT, d_Nnw[..., :c]))
         ds = torch.bmm(d_Nnw, v_NTw[:, :stop].mT).mul_(w)
         dq[:, :, start:stop] = (torch.bmm(ds, k_NTw[:, :stop, :c]) * scale).unflatten(
             1, (-1, stop - start)
         )
-        dk[:, :stop].add_(torch.bmm(ds.mT, q_Nnw[..., :c]))  # q is scaled already
+        dk[:, :stop].add_(torch.bmm(ds.mT, q_Nnw[..., :c]))
     return (
         dq.view(B, H, T, c),
-        dk.view(B, G, T, c).to(k.dtype),
+        (rest * dk).view(B, G, T, c).to(k.dtype),
         dv.view(B, G, T, c).to(v.dtype),
     )
 
@@ -140,6 +145,16 @@ def _blocks(q: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     for start in range(0, T, rows):
         stop = min(start + rows, T)
         yield start, stop, hidden[: stop - start, : stop - start]
+
+
+def _power_of_two(scale: float) -> tuple[float, float]:
+    """(2^n, r) with 2^n r = scale and r in (0.5, 1]."""
+    mantissa, exponent = math.frexp(scale)
+    return (scale, 1.0) if mantissa == 0.5 else (2.0**exponent, mantissa)
+
+
+def _times(s: Tensor, rest: float) -> Tensor:
+    return s if rest == 1.0 else s.mul_(rest)
 
 
 def _per_key_head(x: Tensor, G: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.autocast import in_autocast
 from models.drafter.base import Depth
 from train.gradients import Gradients
 from train.lesson import Lesson, rows_of
@@ -131,17 +132,13 @@ class MatrixProduct:
 
     def project(self, cast: dict[int, Tensor], *, differentiate: bool) -> None:
         """Logits; `cast` keeps the matrix in the dtype of products from one chunk to the next."""
-        states = [piece.states() for piece in self.pieces]
-        device = states[0].device.type
-        enabled = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if enabled else states[0].dtype
-        self.h_nd = torch.cat([h_nd.to(dtype) for h_nd in states])
+        self.h_nd = torch.cat([in_autocast(piece.states()) for piece in self.pieces])
         for tensor in self.matrix:
             if tensor is not None and id(tensor) not in cast:
-                cast[id(tensor)] = tensor.detach().to(dtype)
+                cast[id(tensor)] = tensor.detach().to(self.h_nd.dtype)
         weight_Dd, bias_D = self.matrix
         self.weight_Dd = cast[id(weight_Dd)]
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(self.h_nd.device.type, enabled=False):
             bias = None if bias_D is None else cast[id(bias_D)]
             self.logits_nD = F.linear(self.h_nd, self.weight_Dd, bias)
         for piece, logits_nD in zip(self.pieces, self._parts(self.logits_nD), strict=True):
