@@ -5,7 +5,6 @@ Shape legend: B sequences, T positions, d hidden size, V vocabulary.
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from models.device import pick_device, pick_dtype
 from models.packaged import convert_packaged_gguf
 
 PACKAGE_PREFIX = "package:"
@@ -279,28 +279,3 @@ def resolve_name(name: str) -> str:
             "model."
         )
     return name
-
-
-def pick_device(device: str) -> torch.device:
-    """`auto` is this process's accelerator (the first one, for the first process), else the CPU."""
-    if device != "auto":
-        return torch.device(device)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-    return torch.device("cuda", local % torch.cuda.device_count())
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 where the hardware multiplies it natively, else fp32."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    return torch.bfloat16 if has_fast_bf16(device) else torch.float32
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """True when matrix products in bf16 are native on this device."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -9,7 +9,8 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import Strategy
 
-from models.target import Target, has_fast_bf16
+from models.device import has_fast_bf16
+from models.target import Target
 from train.data import TrainData
 from train.strategy.deepspeed import DeepSpeed, Fp32Weights
 from train.strategy.place import Count, Place

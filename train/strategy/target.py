@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from conf.check import build
 from conf.console import say
-from models.target import Target, has_fast_bf16, pick_device
+from models.device import has_fast_bf16, pick_device
+from models.target import Target
 from train.strategy.place import Place
 
 
