@@ -42,6 +42,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from conf.console import console, say
 from decode.plot import BLUE, GREY, LINE, QUIET, SAND, TEAL, style
+from models.device import keep_freed_memory
 from models.drafter.eagle3 import Eagle3
 from models.target import Features, Target
 from scripts.peak import measured, multiplications, product_rate
@@ -146,6 +147,8 @@ def _target(case: Case, where: torch.device) -> Target:
 
 def measure(case: Case) -> dict[str, float]:
     """Seconds of a step, tokens/s, and memory."""
+    if case.device == "cpu":
+        keep_freed_memory()  # as training does
     # Threads, code and buffers of the libraries are there before the inputs.
     prepare(replace(case, positions=64, vocab=512, draft_vocab=256))()
     once = prepare(case)

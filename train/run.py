@@ -31,6 +31,7 @@ from decode.measure import measure
 from decode.prompts import HeldOut
 from decode.report import caption, table, write
 from decode.verifier.sampling import Sampling
+from models.device import keep_freed_memory
 from models.drafter.base import Drafter
 from models.drafter.load import load_drafter
 from models.target import Target
@@ -111,6 +112,8 @@ def train(cfg: DictConfig, run_dir: Path, *, placed: bool = False) -> Path:
         target, device = load_on_host(cfg.target)
     else:
         target = build(cfg.target)
+    if (device or target.device).type == "cpu":
+        keep_freed_memory()
     if is_first_process() and not (run_dir / ".hydra" / "config.yaml").is_file():
         write_config(run_dir, cfg)
     build(cfg.teacher, target=target).check(build(cfg.loss), dataset)
