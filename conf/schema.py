@@ -180,6 +180,7 @@ class FamiliesConfig:
     runs: list[str] = MISSING
     out: str = MISSING
     measure: bool = True
+    beside: str | None = None
     benches: Any = MISSING
     shapes: Any = None
     baselines: Any = None

@@ -3,6 +3,7 @@
 python -m scripts.families 'runs=[runs/medusa/latest, runs/eagle3/latest]'
 python -m scripts.families 'runs=[runs/hass/latest]'        # adds a run to the same comparison
 python -m scripts.families measure=false                    # the report of what is there
+python -m scripts.families measure=false beside=medusa      # differences from another run
 
 Every cell (run, bench, temperature, shape) is a file of its own, so the command can be interrupted
 and given again, and several processes can share the work: a cell that another one is making is left
@@ -51,7 +52,7 @@ def families(cfg: DictConfig) -> int:
             measurer.run()
             failed += measurer.failed
             busy += measurer.busy
-    write_report(store)
+    write_report(store, cfg.beside)
     say(f"Written: {store.out / 'table.md'}, categories.md, table.csv and tau.png")
     if busy:
         say(f"Left to another process: {len(busy)} cells ({busy[0]}, ...).")

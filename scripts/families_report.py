@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from decode.interval import Estimate
 from scripts.families_cells import OWN, Store
 from scripts.families_plot import plot
 from scripts.families_scores import Comparison, load, unique
@@ -20,6 +21,8 @@ DEFINITIONS = """\
 - **other shapes**: draft trees of the drafter's best tokens, at every T.
 - **own**: the drafts of a method that needs no training. Token Recycling is decoded, since it
   learns from refused drafts; at T > 0 on answers drawn anew.
+- **less <run>, prompt by prompt**: the difference of tokens per step on the same answers, with a
+  95 % bootstrap interval over prompts drawn for both at once; bold where it leaves out 0.
 - **accepted by depth**: share of the chain's depth-k drafts accepted of those reached.
 - **MBSU**: tokens per step * c / (c + d), c and d the weight bytes read by a target forward and by
   a draft: the speed-up if reading weights were the only cost.
@@ -29,9 +32,9 @@ DEFINITIONS = """\
 """
 
 
-def write_report(store: Store) -> None:
+def write_report(store: Store, beside: str | None = None) -> None:
     """table.md, categories.md, table.csv and tau.png; each appears whole or not at all."""
-    c = load(store)
+    c = load(store, beside)
     settings = json.loads((store.out / "settings.json").read_text())
     _replace(store, "table.md", markdown(c, settings))
     _replace(store, "categories.md", categories(c))
@@ -137,7 +140,30 @@ def _tau_table(c: Comparison, bench: str, temperature: float) -> list[str]:
         mbsu = ", ".join(f"{s.mbsu:.2f}" for s in found if s is not None)
         rows.append((label, *cells, alphas, mbsu))
     name = _panel(c, bench, temperature)
-    return [f"### Tokens per step: {name}", "", *_rows(head, rows)]
+    lines = [f"### Tokens per step: {name}", "", *_rows(head, rows)]
+    return lines + _difference_table(c, bench, temperature, titles)
+
+
+def _difference_table(
+    c: Comparison, bench: str, temperature: float, titles: dict[str, str]
+) -> list[str]:
+    """Every run less the one it is compared with; bold where the interval leaves out 0."""
+    shapes = [s for s in titles if s != OWN and c.score(c.beside, bench, temperature, s)]
+    rows = []
+    for label in c.labels:
+        scores = [c.score(label, bench, temperature, s) for s in shapes]
+        found = [c.difference(score) if score else None for score in scores]
+        if any(found):
+            rows.append((label, *(_signed(d) if d else "" for d in found)))
+    if not rows:
+        return []
+    head = (f"less {c.beside}, prompt by prompt", *(titles[s] for s in shapes))
+    return _rows(head, rows)
+
+
+def _signed(d: Estimate) -> str:
+    text = f"{d.value:+.2f} [{d.low:+.2f}, {d.high:+.2f}]"
+    return text if d.low <= 0.0 <= d.high else f"**{text}**"
 
 
 def _time_table(c: Comparison, temperature: float) -> list[str]:
@@ -199,7 +225,8 @@ def table_csv(c: Comparison) -> str:
         (
             "run", "bench", "T", "shape", "drafts", "category", "prompts", "samples", "tokens",
             "tau", "tau_low", "tau_high", "alpha_by_depth", "mbsu", "drafting_ms",
-            "timed_draft_ms", "break_even", "speedup",
+            "timed_draft_ms", "break_even", "speedup", "beside", "difference", "difference_low",
+            "difference_high",
         )
     )  # fmt: skip
     order = {label: i for i, label in enumerate(c.labels)}
@@ -207,6 +234,8 @@ def table_csv(c: Comparison) -> str:
         c.scores.values(), key=lambda s: (s.bench, s.temperature, s.shape, order[s.label])
     ):
         timing, speed = c.timings.get((s.label, s.temperature, s.shape)), c.speedup(s)
+        d = c.difference(s)
+        less = [c.beside, *(f"{x:.4f}" for x in (d.value, d.low, d.high))] if d else [""] * 4
         for category, tau in {"": s.tau, **s.categories}.items():
             numbers = [f"{x:.4f}" for x in (tau.value, tau.low, tau.high)]
             writer.writerow(
@@ -217,11 +246,12 @@ def table_csv(c: Comparison) -> str:
                     f"{timing.draft_ms:.3f}" if timing else "",
                     f"{timing.break_even_tau:.4f}" if timing else "",
                     f"{speed.value:.4f}" if speed else "",
+                    *less,
                 )
                 if not category
                 else (
                     s.label, s.bench, f"{s.temperature:g}", s.shape, s.drafts, category, "", "", "",
-                    *numbers, "", "", "", "", "", "",
+                    *numbers, *[""] * 10,
                 )
             )  # fmt: skip
     return out.getvalue()

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from decode.interval import Estimate
+from decode.interval import Estimate, paired_difference
 from decode.replay import Timing
 from scripts.families_cells import OWN, Store
 
@@ -29,6 +29,8 @@ class Score:
     alpha: list[float]
     mbsu: float
     drafting_ms: float | None
+    by_prompt: dict[str, tuple[float, float]]
+    """Tokens produced and the target forwards that made them, of every prompt (and answer)."""
 
     @staticmethod
     def of(label: str, cell: dict[str, Any]) -> "Score":
@@ -47,6 +49,10 @@ class Score:
             alpha=result["alpha_by_depth"],
             mbsu=result["mbsu"],
             drafting_ms=result.get("drafting_ms", result.get("draft_ms")),
+            by_prompt={
+                f"{r['id']} {i}": (r["produced"], r["rounds"])
+                for i, r in enumerate(result["records"])
+            },
         )
 
 
@@ -62,9 +68,18 @@ class Comparison:
     temperatures: list[float]
     scores: dict[tuple[str, str, float, str], Score]
     timings: dict[tuple[str, float, str], Timing]
+    beside: str
+    """The run that the others are compared with, prompt by prompt."""
 
     def score(self, label: str, bench: str, temperature: float, shape: str) -> Score | None:
         return self.scores.get((label, bench, temperature, shape))
+
+    def difference(self, score: Score) -> Estimate | None:
+        """Tokens per step less those of the run `beside`, on the same prompts and answers."""
+        other = self.score(self.beside, score.bench, score.temperature, score.shape)
+        if other is None or other is score or score.shape == OWN:
+            return None
+        return paired_difference(score.by_prompt, other.by_prompt)
 
     def title(self, shape: str) -> str:
         """What entries drafted under this name: the longest chain, the most common tree."""
@@ -79,8 +94,8 @@ class Comparison:
         return score.tau.divided_by(timing.break_even_tau) if timing else None
 
 
-def load(store: Store) -> Comparison:
-    """Read all cells of an output folder."""
+def load(store: Store, beside: str | None = None) -> Comparison:
+    """Read all cells of an output folder; `beside` is the first label when it is null."""
     scores: dict[tuple[str, str, float, str], Score] = {}
     timings: dict[tuple[str, float, str], Timing] = {}
     for label in store.labels():
@@ -115,7 +130,13 @@ def load(store: Store) -> Comparison:
         for label in entries
     }
     labels = sorted(entries, key=lambda x: (entries[x]["run"] is None, -best[x], x))
-    return Comparison(labels, entries, shapes, benches, temperatures, scores, timings)
+    if beside is not None and beside not in labels:
+        raise ValueError(
+            f"beside={beside} is none of the runs in '{store.out}' ({', '.join(labels)}); give one "
+            "of them, or null for the one that leads."
+        )
+    chosen = beside or labels[0]
+    return Comparison(labels, entries, shapes, benches, temperatures, scores, timings, chosen)
 
 
 def unique(items: Iterable[T]) -> list[T]:

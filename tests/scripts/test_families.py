@@ -148,6 +148,17 @@ def test_from_runs_to_tables(runs: list[Path], tmp_path: Path) -> None:
     line = next(x for x in text.splitlines() if x.startswith("| hydra | HydraHeads"))
     assert f"| 1.50 M | {share:.1%} | all | 2.0 | 83 | 40 |" in line  # 2 epochs of 5,000 / 120 s
     assert "(chain2)" in text
+    # The other run's numbers less those of the one that leads, or of the one asked for.
+    leader = rows["medusa", "heldout", "0", "chain"]["beside"] or "medusa"
+    other = {"medusa": "hydra", "hydra": "medusa"}[leader]
+    for key in [("heldout", "0", "chain"), ("spec_bench", "1", "dynamic")]:
+        mine, theirs = rows[other, *key], rows[leader, *key]
+        less = float(mine["tau"]) - float(theirs["tau"])
+        assert float(mine["difference"]) == pytest.approx(less, abs=2e-4)
+        assert float(mine["difference_low"]) <= less + 2e-4
+        assert theirs["difference"] == ""
+    assert rows["prompt_lookup", "heldout", "0", "own"]["difference"] == ""
+    assert f"| less {leader}, prompt by prompt | chain3 |" in text
     assert "### Tokens per step: spec_bench, T=1 (4 prompts" in text
     assert "### spec_bench, T=0 (4 prompts" in (out / "categories.md").read_text()
     assert (out / "tau.png").read_bytes().startswith(b"\x89PNG")
@@ -155,6 +166,10 @@ def test_from_runs_to_tables(runs: list[Path], tmp_path: Path) -> None:
     (out / "table.md").unlink()
     assert families(settings(out, [], "measure=false")) == 0
     assert (out / "table.md").read_text() == text
+    assert families(settings(out, [], "measure=false", f"beside={other}")) == 0
+    assert f"| less {other}, prompt by prompt |" in (out / "table.md").read_text()
+    with pytest.raises(ValueError, match="beside=eagle is none of the runs"):
+        families(settings(out, [], "measure=false", "beside=eagle"))
 
 
 def few(out: Path, runs: list[Path], *more: str) -> DictConfig:
