@@ -18,6 +18,7 @@ from data_prep.doctor import Doctor
 from data_prep.manifest import SPLITS
 from data_prep.pipeline import Dataset
 from data_prep.server.base import Server
+from models.device import keep_freed_memory
 from models.target import Target
 
 
@@ -29,6 +30,7 @@ def main(cfg: DictConfig) -> None:
         server: Server | None = build(cfg.server)
         dataset: Dataset = build(cfg.dataset, server=server)
         target: Target = build(cfg.target)
+        keep_freed_memory(target.device)
         if cfg.estimate:
             say(f"Dataset '{dataset.name}' with target '{target.name}' would take:")
             expected = dataset.estimate(target)

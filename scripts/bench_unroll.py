@@ -147,8 +147,7 @@ def _target(case: Case, where: torch.device) -> Target:
 
 def measure(case: Case) -> dict[str, float]:
     """Seconds of a step, tokens/s, and memory."""
-    if case.device == "cpu":
-        keep_freed_memory()  # as training does
+    keep_freed_memory(torch.device(case.device))  # as training does
     # Threads, code and buffers of the libraries are there before the inputs.
     prepare(replace(case, positions=64, vocab=512, draft_vocab=256))()
     once = prepare(case)

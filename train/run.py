@@ -112,8 +112,7 @@ def train(cfg: DictConfig, run_dir: Path, *, placed: bool = False) -> Path:
         target, device = load_on_host(cfg.target)
     else:
         target = build(cfg.target)
-    if (device or target.device).type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device or target.device)
     if is_first_process() and not (run_dir / ".hydra" / "config.yaml").is_file():
         write_config(run_dir, cfg)
     build(cfg.teacher, target=target).check(build(cfg.loss), dataset)

@@ -6,12 +6,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from models.device import keep_freed_memory
 
 FAULTS = """
 import resource, sys, torch
 from models.device import keep_freed_memory
 
-kept = sys.argv[1] == "keep" and keep_freed_memory()
+kept = sys.argv[1] == "keep" and keep_freed_memory(torch.device("cpu"))
 
 def work():
     for megabytes in (3, 24, 80):
@@ -52,3 +55,7 @@ def test_freed_memory_is_used_again() -> None:
 def test_a_choice_in_the_environment_is_left_alone() -> None:
     kept, _ = run("keep", MALLOC_TRIM_THRESHOLD_="0")
     assert not kept
+
+
+def test_an_accelerator_changes_nothing() -> None:
+    assert not keep_freed_memory(torch.device("cuda"))
