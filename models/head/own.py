@@ -1,5 +1,7 @@
 """A trained vocabulary matrix of the drafter's own."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -8,13 +10,29 @@ from models.target import Target
 
 
 class OwnHead(Head):
-    """logits = U y (+ b), U: D x d, started from the target's rows.
+    """logits = U y (+ b), U: D x d.
 
-    Medusa and Hydra train one per depth; EAGLE-3 one over its draft vocabulary.
+    Medusa and Hydra train one per depth; EAGLE-3 one over its draft vocabulary. `start` gives U the
+    target's rows, or random ones (as in EAGLE-3's released code). What the target's rows are worth
+    depends on the family: Hydra's heads read a state that begins as the target's own feature, and
+    lose 0.1 tokens per step after a short training without them (docs/families.md).
     """
 
-    def __init__(self, *, hidden_size: int, vocab_size: int, bias: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        vocab_size: int,
+        bias: bool = False,
+        start: Literal["target", "random"] = "target",
+    ) -> None:
         super().__init__(hidden_size=hidden_size, vocab_size=vocab_size)
+        if start not in ("target", "random"):
+            raise ValueError(
+                f"head.start={start} is unknown, expected target (the rows of the target's own "
+                "head) or random: it is what the drafter's vocabulary matrix begins as."
+            )
+        self.start = start
         self.linear = nn.Linear(hidden_size, vocab_size, bias=bias)
 
     def forward(self, states: Tensor) -> Tensor:
@@ -24,6 +42,8 @@ class OwnHead(Head):
         return self.linear.weight, self.linear.bias
 
     def init_from(self, target: Target, draft_ids_D: Tensor | None) -> None:
+        if self.start == "random":
+            return
         weight = target.head_weight_Vd
         self.copy_rows(weight if draft_ids_D is None else weight[draft_ids_D])
 
