@@ -15,7 +15,7 @@ class OwnHead(Head):
     Medusa and Hydra train one per depth; EAGLE-3 one over its draft vocabulary. `start` gives U the
     target's rows, or random ones (as in EAGLE-3's released code). What the target's rows are worth
     depends on the family: Hydra's heads read a state that begins as the target's own feature, and
-    lose 0.1 tokens per step after a short training without them (docs/families.md).
+    lose 0.1 to 0.2 tokens per step after a short training without them (docs/families.md).
     """
 
     def __init__(
