@@ -130,12 +130,13 @@ def load(store: Store, beside: str | None = None) -> Comparison:
         for label in entries
     }
     labels = sorted(entries, key=lambda x: (entries[x]["run"] is None, -best[x], x))
-    if beside is not None and beside not in labels:
+    runs = [label for label in labels if entries[label]["run"] is not None]
+    if beside is not None and beside not in runs:
         raise ValueError(
-            f"beside={beside} is none of the runs in '{store.out}' ({', '.join(labels)}); give one "
+            f"beside={beside} is none of the runs in '{store.out}' ({', '.join(runs)}); give one "
             "of them, or null for the one that leads."
         )
-    chosen = beside or labels[0]
+    chosen = beside or (runs or labels)[0]
     return Comparison(labels, entries, shapes, benches, temperatures, scores, timings, chosen)
 
 

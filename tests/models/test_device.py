@@ -47,8 +47,8 @@ def test_freed_memory_is_used_again() -> None:
     assert not given
     kept, kept_faults = run("keep")
     assert kept
-    # 107 MB in pages of 4 kB are 27,392 faults a round.
-    assert faults > 10_000
+    # 107 MB are 27,392 pages of 4 kB a round, some hundred where the system makes them huge.
+    assert faults > 400
     assert kept_faults < 100
 
 

@@ -168,8 +168,9 @@ def test_from_runs_to_tables(runs: list[Path], tmp_path: Path) -> None:
     assert (out / "table.md").read_text() == text
     assert families(settings(out, [], "measure=false", f"beside={other}")) == 0
     assert f"| less {other}, prompt by prompt |" in (out / "table.md").read_text()
-    with pytest.raises(ValueError, match="beside=eagle is none of the runs"):
-        families(settings(out, [], "measure=false", "beside=eagle"))
+    for wrong in ("eagle", "prompt_lookup"):
+        with pytest.raises(ValueError, match=f"beside={wrong} is none of the runs"):
+            families(settings(out, [], "measure=false", f"beside={wrong}"))
 
 
 def few(out: Path, runs: list[Path], *more: str) -> DictConfig:
