@@ -27,11 +27,6 @@ class OwnHead(Head):
         start: Literal["target", "random"] = "target",
     ) -> None:
         super().__init__(hidden_size=hidden_size, vocab_size=vocab_size)
-        if start not in ("target", "random"):
-            raise ValueError(
-                f"head.start={start} is unknown, expected target (the rows of the target's own "
-                "head) or random: it is what the drafter's vocabulary matrix begins as."
-            )
         self.start = start
         self.linear = nn.Linear(hidden_size, vocab_size, bias=bias)
 

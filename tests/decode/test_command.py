@@ -1,4 +1,4 @@
-"""`python -m decode` as a user runs it, on a tiny run folder; and the benchmark files."""
+"""`python -m decode` as a user runs it, on a tiny run folder."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
-from conf.check import ConfigError, build, check
+from conf.check import check
 from data_prep.shards import Example, write_tokens
 from decode.__main__ import SUPPLIED, decode
 from decode.prompts import HeldOut
@@ -21,11 +21,9 @@ from models.target import Target
 
 ROOT = Path(__file__).parents[2]
 HEAD = {"_target_": "models.head.own.OwnHead"}
-EVAL = ROOT.parent / "shared" / "data" / "eval"
 FITTED = {"chain": ["tree.gamma=3"], "sampled": ["tree.widths=[2,2,1]"]}
 """Settings a tree needs for three heads."""
 TREES = sorted(path.stem for path in (ROOT / "conf" / "tree").glob("*.yaml"))
-BENCHES = sorted(path.stem for path in (ROOT / "conf" / "bench").glob("*.yaml"))
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -327,35 +325,7 @@ def test_a_missing_run_is_a_sentence_and_status_2() -> None:
     assert "Traceback" not in made.stderr
 
 
-@pytest.mark.parametrize("name", BENCHES)
-def test_every_bench_composes_and_is_called_like_its_file(name: str) -> None:
-    cfg = composed("run=x", f"bench={name}")
-    assert cfg.bench.name == name
-    if name == "file":
-        with pytest.raises(ConfigError, match="path"):
-            check(cfg, runtime=SUPPLIED)
-        cfg = composed("run=x", "bench=file", "bench.sources.0.path=mine.jsonl")
-    check(cfg, runtime=SUPPLIED)
-
-
 @pytest.mark.parametrize("tree", ["chain", "static"])
 @pytest.mark.parametrize("verifier", ["greedy", "sampling", "typical"])
 def test_every_tree_and_verifier_composes(tree: str, verifier: str) -> None:
     check(composed("run=x", f"tree={tree}", f"verifier={verifier}"), runtime=SUPPLIED)
-
-
-@pytest.mark.skipif(not EVAL.is_dir(), reason=f"benchmark files are not in {EVAL}")
-@pytest.mark.parametrize(
-    ("name", "count"), [("gsm8k", 1319), ("spec_bench", 480), ("alpaca", 80), ("vicuna", 80)]
-)
-def test_benchmarks_read_whole(
-    target: Target, monkeypatch: pytest.MonkeyPatch, name: str, count: int
-) -> None:
-    monkeypatch.setenv("DRAFTSMITH_DATA", str(EVAL.parent))
-    bench = build(composed("run=x", f"bench={name}").bench, tokenizer=target.tokenizer)
-    prompts = bench.prompts(limit=None, max_prompt_tokens=None)
-    assert len(prompts) == count
-    assert len({p.id for p in prompts}) == count
-    few = {p.id for p in bench.prompts(limit=7, max_prompt_tokens=None)}
-    assert len(few) == 7
-    assert few < {p.id for p in prompts}

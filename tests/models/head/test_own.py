@@ -23,8 +23,3 @@ def test_or_random(target: Target) -> None:
     head.init_from(target, None)
     assert torch.equal(head.linear.weight.detach(), before)
     assert float(before.std()) == pytest.approx((3 * target.hidden_size) ** -0.5, rel=0.1)
-
-
-def test_other_starts_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"head\.start=zeros is unknown, expected target"):
-        OwnHead(hidden_size=8, vocab_size=4, start="zeros")  # type: ignore[arg-type]
