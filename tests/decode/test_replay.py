@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_prep.prompts import Prompt
-from decode.answers import LONGEST, Recorded, Recording, record
+from decode.answers import LONGEST, Recording, record
 from decode.interval import sum_by_depth
 from decode.measure import measure
 from decode.replay import Timing, replay, time_chains
@@ -338,32 +338,6 @@ def test_a_perfect_drafter_is_always_accepted(ending: Target) -> None:
         assert made.alpha_by_depth == pytest.approx([1.0] * 4, abs=1e-4)
 
 
-def test_a_recording_is_made_once_and_knows_its_settings(ending: Target, cache: Path) -> None:
-    first = record(ending, PROMPT_SET[:2], bench="set", max_new_tokens=9, temperature=1.0)
-    (file,) = (cache / "answers").iterdir()
-    stamp = file.stat().st_mtime_ns
-    again = record(ending, PROMPT_SET[:2], bench="set", max_new_tokens=9, temperature=1.0)
-    assert again == first
-    assert file.stat().st_mtime_ns == stamp
-    # One prompt more gives the same answers to the others; another seed does not.
-    more = record(ending, PROMPT_SET[:3], bench="set", max_new_tokens=9, temperature=1.0)
-    assert [a.tokens for a in more.answers[:2]] == [a.tokens for a in first.answers]
-    other = record(ending, PROMPT_SET[:2], bench="set", max_new_tokens=9, temperature=1.0, seed=1)
-    assert [a.tokens for a in other.answers] != [a.tokens for a in first.answers]
-    assert len(list((cache / "answers").iterdir())) == 3
-
-
-def test_recorded_probabilities_are_those_of_the_target(ending: Target) -> None:
-    answer = record(ending, PROMPT_SET[:1], bench="set", max_new_tokens=6, temperature=0.5).answers[
-        0
-    ]
-    text = torch.tensor([answer.text])
-    logp_TV = (ending.project(ending.forward(text).final_BTd[0]) / 0.5).log_softmax(-1)
-    for j, token in enumerate(answer.tokens):
-        at = len(answer.prompt.tokens) + j - 1
-        assert answer.logp[j] == pytest.approx(float(logp_TV[at, token]), abs=1e-4)
-
-
 def test_the_prediction_is_tau_over_break_even(ending: Target) -> None:
     recording = record(ending, PROMPT_SET, bench="set", max_new_tokens=LENGTH)
     drafter = twin(ending)
@@ -410,8 +384,3 @@ def test_what_cannot_be_replayed_is_refused(ending: Target) -> None:
     drafter.__class__ = Sparse
     with pytest.raises(ValueError, match="leaves out positions"):
         replay(target=ending, drafter=drafter, recording=recording, gammas=[1])
-
-
-def test_recorded_text_is_prompt_then_answer() -> None:
-    answer = Recorded(PROMPT_SET[0], [7, 8], [0.0, 0.0])
-    assert answer.text == [*PROMPT_SET[0].tokens, 7, 8]
