@@ -19,15 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from models.autocast import in_autocast
 from models.cache import GrowingCache, causal_rows
+from models.computed import ComputedRows
 from models.drafter.base import Depth, Drafter, Frontier
-from models.drafter.blocks import Rotary, layer_config
+from models.drafter.blocks import AttentionInParts, Rotary, layer_config
 from models.head import Head, build_head
 from models.levels import MEMORY_ATTENTION, Levels
 from models.target import Features, Target
+
+MOST_ROWS = 0.9
+"""Share of rows to compute above which sorting them out is not worth it."""
 
 MEASURED_DEPTHS = 5
 """Depths that validation measures at least: drafts get worse with every depth beyond training."""
@@ -48,7 +52,7 @@ class FeatureLayer(nn.Module):
         super().__init__()
         config = layer_config(hidden_size=hidden_size, **shape)
         config._attn_implementation = MEMORY_ATTENTION
-        self.self_attn = LlamaAttention(config, layer_idx=0)
+        self.self_attn = AttentionInParts(config, layer_idx=0)
         self.mlp = LlamaMLP(config)
         self.post_attention_layernorm = LlamaRMSNorm(hidden_size, eps=config.rms_norm_eps)
         self.rotary = Rotary(config)
@@ -63,16 +67,32 @@ class FeatureLayer(nn.Module):
             self.mlp.down_proj = nn.Linear(down.in_features, outputs * hidden_size, bias=False)
 
     def forward(
-        self, z_BTe: Tensor, residual_BTd: Tensor, positions_BT: Tensor, memory: Any
+        self,
+        z_BTe: Tensor,
+        residual_BTd: Tensor,
+        positions_BT: Tensor,
+        memory: Any,
+        rows: ComputedRows | None = None,
     ) -> Tensor:
-        """`memory` takes the keys and values of these rows, and is what they attend to."""
-        attended_BTd, _ = self.self_attn(
-            hidden_states=in_autocast(z_BTe),
-            position_embeddings=self.rotary(residual_BTd, positions_BT),
-            attention_mask=None,
-            past_key_values=memory,
-            memory=memory,
-        )
+        """`memory` takes the keys and values of these rows, and is what they attend to.
+
+        With `rows`, the others are only attended to, and the outputs are `[1, N, d]`.
+        """
+        z_BTe = in_autocast(z_BTe)
+        turns = self.rotary(residual_BTd, positions_BT)
+        if rows is None:
+            attended_BTd, _ = self.self_attn(
+                hidden_states=z_BTe,
+                position_embeddings=turns,
+                attention_mask=None,
+                past_key_values=memory,
+                memory=memory,
+            )
+        else:
+            queries = self.self_attn.ask(rows.take(z_BTe), self.rotary(z_BTe, rows.positions_1N))
+            memory.update(*self.self_attn.offer(z_BTe, turns), 0)
+            read = memory.attend(queries, self.self_attn.scaling)
+            attended_BTd, residual_BTd = self.self_attn.finish(read), rows.take(residual_BTd)
         a_BTd = residual_BTd + attended_BTd
         wide = torch.cat([a_BTd] * self.outputs, dim=-1) if self.outputs > 1 else a_BTd
         return wide + self.mlp(in_autocast(self.post_attention_layernorm(a_BTd)))
@@ -249,6 +269,39 @@ class FeatureDrafter(Drafter):
             yield Depth(states_BTd, self.lm_head, shift=1 + k, feature_BNd=predicted)
             if self.detached:
                 given_BTd = given_BTd.detach()
+
+    def unroll_taught(
+        self, features: Features, tokens_BT: Tensor, depths: int, taught_BT: Tensor
+    ) -> Iterator[Depth]:
+        """Level 0 makes keys and values of every position; all else is done for the rows whose
+        state at this or a later depth is taught. Those of the last depths are fewer by a few at the
+        end of every answer, which is not worth lists of their own."""
+        first = ComputedRows.of(taught_BT, range(1, 1 + depths))
+        if first.share > MOST_ROWS:
+            yield from self.unroll_to(features, tokens_BT, depths)
+            return
+        later = ComputedRows.of(taught_BT, range(2, 1 + depths))
+        embedded_BTd = self.embed(tokens_BT)
+        T = tokens_BT.shape[1]
+        levels = Levels()
+        given = self.read(features)
+        rows = first
+        for k in range(depths):
+            ahead_BTd = F.pad(embedded_BTd[:, 1 + k :], (0, 0, 0, min(1 + k, T)))
+            if k == 0:
+                positions = torch.arange(T, device=tokens_BT.device)[None]
+                levels.rows = first
+                out = self.layer(*self.mix(ahead_BTd, given), positions, levels, first)
+            else:
+                given = later.within(rows).take(given) if k == 1 else given
+                rows = levels.rows = later
+                mixed = self.mix(later.take(ahead_BTd), given)
+                out = self.layer(*mixed, later.positions_1N + k, levels)
+            states, given = self.read_out(out)
+            predicted = rows.put(given) if self.predicts_features else None
+            yield Depth(rows.put(states), self.lm_head, shift=1 + k, feature_BNd=predicted)
+            if self.detached:
+                given = given.detach()
 
     def initial_state(self) -> FeatureState:
         return FeatureState(GrowingCache())

@@ -15,8 +15,11 @@ level 0 is plain causal attention, and every later level adds one key to a row. 
 joined by their log-sum-exps wherever PyTorch has a fused causal kernel that gives its own (a CPU, a
 GPU in half precision); elsewhere flex_attention skips the empty blocks of the same pattern.
 
-Shape legend: B sequences, T positions, H query heads, G key and value heads, R = H / G, c head
-size, K levels.
+Where only some rows are computed (models/computed.py), the keys of level 0 are still those of every
+position; queries, and the keys of later levels, are those rows alone, as one sequence.
+
+Shape legend: B sequences, T positions, N computed rows, H query heads, G key and value heads,
+R = H / G, c head size, K levels.
 """
 
 from functools import lru_cache
@@ -30,6 +33,7 @@ from transformers import AttentionInterface
 
 from models.autocast import in_autocast
 from models.causal import causal, causal_backward, in_blocks
+from models.computed import ComputedRows
 
 Row = Any
 """A row or level index: an int, or integer tensors that broadcast."""
@@ -43,11 +47,15 @@ def visible(row: Row, level: Row, key_row: Row, key_level: Row) -> Any:
 
 
 class Levels:
-    """The keys and values of every level so far, as a cache that transformers' attention fills."""
+    """The keys and values of every level so far, as a cache that transformers' attention fills.
+
+    `rows` are those whose queries come next; None: every row.
+    """
 
     def __init__(self) -> None:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.rows: ComputedRows | None = None
 
     def update(self, keys_BGTc: Tensor, values_BGTc: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Take the keys and values of the next level."""
@@ -57,19 +65,33 @@ class Levels:
 
     def attend(self, queries_BHTc: Tensor, scale: float) -> Tensor:
         """What the queries of the newest level read, `[B, H, T, c]`."""
-        return attend_levels(in_autocast(queries_BHTc), self.keys, self.values, scale)
+        queries = in_autocast(queries_BHTc)
+        return attend_levels(queries, self.keys, self.values, scale, self.rows)
 
 
 def attend_levels(
-    queries_BHTc: Tensor, keys: list[Tensor], values: list[Tensor], scale: float
+    queries_BHTc: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    scale: float,
+    rows: ComputedRows | None = None,
 ) -> Tensor:
-    """Attention of the last level's queries over the `[B, G, T, c]` keys of levels 0..K-1."""
-    if len(keys) == 1 and not in_blocks(queries_BHTc):
+    """Attention of the last level's queries over the `[B, G, T, c]` keys of levels 0..K-1.
+
+    With `rows`, queries and what they read are `[1, H, N, c]`, keys of later levels `[1, G, N, c]`.
+    """
+    alone = len(keys) == 1 and not in_blocks(queries_BHTc)
+    if fused(queries_BHTc) and not alone:
+        return _JoinedLevels.apply(scale, len(keys), rows, queries_BHTc, *keys, *values)  # type: ignore[return-value]
+    if rows is not None:
+        whole = [rows.put_heads(x) for x in (queries_BHTc, *keys[1:], *values[1:])]
+        later = iter(whole[1:])
+        keys, values = [keys[0], *(next(later) for _ in keys[1:])], [values[0], *later]
+        return rows.take_heads(attend_levels(whole[0], keys, values, scale))
+    if alone:
         return scaled_dot_product_attention(
             queries_BHTc, keys[0], values[0], is_causal=True, scale=scale, enable_gqa=True
         )
-    if fused(queries_BHTc):
-        return _JoinedLevels.apply(scale, len(keys), queries_BHTc, *keys, *values)  # type: ignore[return-value]
     mask = block_mask(queries_BHTc.shape[2], len(keys), queries_BHTc.device)
     return _compiled(flex_attention)(
         queries_BHTc,
@@ -113,12 +135,25 @@ class _JoinedLevels(torch.autograd.Function):
     exp(s_j - s), s = logsumexp(s_0, ..., s_K). The backward pass of a fused attention needs only
     the final output and s to make the gradients of its part, so the causal kernel of PyTorch is
     run with those of the whole row. Nothing is kept but the inputs, the output and s.
+
+    Rows that are not computed stand in the causal part with queries of zeros, outputs of zeros and
+    no gradient: nothing of them reaches a key.
     """
 
     @staticmethod
-    def forward(ctx: Any, scale: float, levels: int, queries_BHTc: Tensor, *both: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        scale: float,
+        levels: int,
+        rows: ComputedRows | None,
+        queries_BHTc: Tensor,
+        *both: Tensor,
+    ) -> Tensor:
         keys, values = both[:levels], both[levels:]
-        causal_BHTc, lse_BHT, extra = causal(queries_BHTc, keys[0], values[0], scale)
+        every = queries_BHTc if rows is None else rows.put_heads(queries_BHTc)
+        causal_BHTc, lse_BHT, extra = causal(every, keys[0], values[0], scale)
+        if rows is not None:
+            causal_BHTc, lse_BHT = rows.take_heads(causal_BHTc), rows.take_heads(lse_BHT)
         queries = _grouped(queries_BHTc, keys[0])
         scores = [_scores(queries, key_BGTc, scale) for key_BGTc in keys[1:]]
         lse = _grouped(lse_BHT, keys[0])
@@ -127,17 +162,21 @@ class _JoinedLevels(torch.autograd.Function):
         for score, value_BGTc in zip(scores, values[1:], strict=True):
             out += (score - joined).exp()[..., None] * value_BGTc[:, :, None]
         out_BHTc = out.flatten(1, 2).to(queries_BHTc.dtype)
-        ctx.scale, ctx.levels, ctx.extra = scale, levels, extra
+        ctx.scale, ctx.levels, ctx.rows, ctx.extra = scale, levels, rows, extra
         ctx.save_for_backward(queries_BHTc, out_BHTc, joined, *both)
         return out_BHTc
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
         queries_BHTc, out_BHTc, joined, *both = ctx.saved_tensors
-        keys, values = both[: ctx.levels], both[ctx.levels :]
+        keys, values, rows = both[: ctx.levels], both[ctx.levels :], ctx.rows
         dout_BHTc = outer[0]
-        parts = (dout_BHTc, queries_BHTc, keys[0], values[0], out_BHTc, joined.flatten(1, 2))
-        dq, dk, dv = causal_backward(parts, ctx.extra, ctx.scale)
+        ours = (dout_BHTc, queries_BHTc, out_BHTc, joined.flatten(1, 2))
+        dout, q, out, lse = ours if rows is None else map(rows.put_heads, ours)
+        given = (dout, q, keys[0], values[0], out, lse)
+        dq, dk, dv = causal_backward(given, ctx.extra, ctx.scale)
+        if rows is not None:
+            dq = rows.take_heads(dq)
         queries, dout = _grouped(queries_BHTc, keys[0]), _grouped(dout_BHTc, keys[0])
         # Softmax: ds = weight (dweight - delta), with delta the same for all keys of a row.
         delta = _scores(dout, _grouped(out_BHTc, keys[0]), 1.0)
@@ -149,7 +188,7 @@ class _JoinedLevels(torch.autograd.Function):
             dqueries = dqueries + dscore[..., None] * key_BGTc[:, :, None]
             dkeys.append((dscore[..., None] * queries).sum(2).to(key_BGTc.dtype))
             dvalues.append((weight[..., None] * dout).sum(2).to(value_BGTc.dtype))
-        return None, None, dqueries.flatten(1, 2).to(queries_BHTc.dtype), *dkeys, *dvalues
+        return None, None, None, dqueries.flatten(1, 2).to(queries_BHTc.dtype), *dkeys, *dvalues
 
 
 def _grouped(x: Tensor, keys_BGTc: Tensor) -> Tensor:

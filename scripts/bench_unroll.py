@@ -3,12 +3,15 @@
 python -m scripts.bench_unroll                                   steps 1..7, T 512..4096
 python -m scripts.bench_unroll --steps 3 7 --positions 512 1024 2048
 python -m scripts.bench_unroll --device cuda --plot docs/images/unroll.png
+python -m scripts.bench_unroll --turns 89 79                     answers behind prompts
 python -m scripts.bench_unroll --peer <python with speculators 0.9>     its step beside ours
 
 A step is what a run does with given features: the drafter unrolled under bf16 autocast, the chunked
-loss, the backward pass, clipping and AdamW on fp32 weights. One sequence of T positions, all of
-them tokens to learn; logZ is given, as feature shards hold it. The drafter has the shape of
-SmolLM2-135M and a head of its own over the draft vocabulary.
+loss, the backward pass, clipping and AdamW on fp32 weights. One sequence of T positions; logZ is
+given, as feature shards hold it. The drafter has the shape of SmolLM2-135M and a head of its own
+over the draft vocabulary. All positions are tokens to learn, or with `--turns 89 79` those of the
+answers alone, after 89 tokens of a prompt 79 of an answer, and so on (89 and 79 are the means of
+dataset=broad). Tokens/s count all positions.
 
 Memory is the highest use while that runs, less what was there before (weights, the optimizer's
 state, features) and less the gradients (scripts/peak.py); `process_mb` is the highest use of the
@@ -65,6 +68,13 @@ class Case:
     precision: str = "bf16-mixed"
     device: str = "cpu"
     repeats: int = 3
+    turns: tuple[int, int] | None = None
+
+    @property
+    def learn_T(self) -> list[bool]:
+        """Which positions are tokens to learn."""
+        prompt, answer = self.turns or (0, 1)
+        return [t % (prompt + answer) >= prompt for t in range(self.positions)]
 
 
 def prepare(case: Case) -> Callable[[], list[Tensor]]:
@@ -98,6 +108,7 @@ def prepare(case: Case) -> Callable[[], list[Tensor]]:
 
     features = Features(made(), {k: made() for k in drafter.feature_layers})
     logz_BT = torch.full((1, T), 10.0, device=where)
+    learn_BT = torch.tensor([case.learn_T], device=where)
 
     def once() -> list[Tensor]:
         optimizer.zero_grad(set_to_none=True)
@@ -105,7 +116,7 @@ def prepare(case: Case) -> Callable[[], list[Tensor]]:
         with torch.autocast(where.type, torch.bfloat16, enabled=mixed):
             lesson = make_lesson(
                 tokens_BT=tokens_BT,
-                learn_BT=torch.ones_like(tokens_BT, dtype=torch.bool),
+                learn_BT=learn_BT,
                 final_BTd=features.final_BTd,
                 logz_BT=logz_BT,
                 draft_ids_D=drafter.draft_ids_D,
@@ -113,14 +124,14 @@ def prepare(case: Case) -> Callable[[], list[Tensor]]:
             )
             given = features if mixed else features.to(drafter.dtype)
             sums = chunked_loss(
-                depths=list(drafter.unroll(given, tokens_BT)),
+                depths=list(drafter.unroll_taught(given, tokens_BT, case.steps, lesson.taught_BT)),
                 lesson=lesson,
                 loss=ForwardKL(),
                 projection=teacher,
                 depth_decay=0.8,
                 chunk_rows=rows_per_chunk(case.draft_vocab, case.steps, case.device),
             )
-        (sums.total / T).backward()
+        (sums.total / len(lesson.index_U)).backward()
         nn.utils.clip_grad_norm_(weights, 0.5)
         optimizer.step()
         return [weight.grad for weight in weights if weight.grad is not None]
@@ -223,6 +234,13 @@ def _arguments() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3, 5, 7])
     parser.add_argument("--positions", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument(
+        "--turns",
+        type=int,
+        nargs=2,
+        metavar=("PROMPT", "ANSWER"),
+        help="learn answers of so many tokens alone, each behind a prompt of so many",
+    )
     parser.add_argument("--draft-vocab", type=int, default=4096)
     parser.add_argument("--precision", choices=["bf16-mixed", "float32"], default="bf16-mixed")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -249,6 +267,7 @@ def main() -> None:
             precision=args.precision,
             device=args.device,
             repeats=args.repeats,
+            turns=args.turns and tuple(args.turns),
         )
         say(f"measuring {steps} steps, T = {T:,} ...")
         results.append({"way": "ours"} | in_new_process(case))

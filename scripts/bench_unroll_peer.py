@@ -1,7 +1,7 @@
 """A training step of the speculators library's EAGLE-3; runs in an environment that has it.
 
 Called by scripts.bench_unroll with --peer, one case a process. The model has the shape, draft
-vocabulary, unrolled steps and loss (forward KL, every position, its own head trained) of ours, sdpa
+vocabulary, unrolled steps and loss (forward KL, positions to learn, own head trained) of ours, sdpa
 attention and bf16 autocast, as its trainer runs it without an accelerator; forward, backward,
 clipping and AdamW on given features are timed.
 
@@ -63,7 +63,7 @@ def prepare(case: dict[str, Any]) -> Callable[[], list[Tensor]]:
         "hidden_states": torch.randn(1, T, 3 * d, dtype=bf16),
         "input_ids": torch.randint(0, vocab, (1, T)),
         "document_ids": torch.zeros(1, T, dtype=torch.long),
-        "loss_mask": torch.ones(1, T, dtype=torch.bool),
+        "loss_mask": torch.tensor([learned(case)]),
         "verifier_last_hidden_states": torch.randn(1, T, d, dtype=bf16),
     }
     loss = resolve_loss_config("kl_div", implementation="eager")
@@ -80,6 +80,12 @@ def prepare(case: dict[str, Any]) -> Callable[[], list[Tensor]]:
         return [weight.grad for weight in weights if weight.grad is not None]
 
     return once
+
+
+def learned(case: dict[str, Any]) -> list[bool]:
+    """Positions to learn, as scripts.bench_unroll has them."""
+    prompt, answer = case["turns"] or (0, 1)
+    return [t % (prompt + answer) >= prompt for t in range(case["positions"])]
 
 
 def main() -> None:

@@ -41,6 +41,14 @@ class Lesson:
     logz_U: Tensor | None
     target: TargetRows | None = None
 
+    @property
+    def taught_BT(self) -> Tensor:
+        """Whether position u teaches."""
+        B, T = self.shape
+        taught_M = torch.zeros(B * T, dtype=torch.bool, device=self.index_U.device)
+        taught_M[self.index_U] = True
+        return taught_M.view(B, T)
+
     def taught(
         self, projection: TargetProjection, start: int, stop: int
     ) -> TargetRows | TargetLogits:

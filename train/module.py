@@ -165,7 +165,9 @@ class DraftModule(LightningModule):
         if batch.signal is not None:
             lesson = replace(lesson, target=self.teacher.stored(batch.signal))
         count = self.drafter.num_depths if self.training else self.drafter.measured_depths
-        depths = list(self.drafter.unroll_to(features, batch.tokens_BT, count))
+        depths = list(
+            self.drafter.unroll_taught(features, batch.tokens_BT, count, lesson.taught_BT)
+        )
         if self.training and self.weighting is not None:
             depths = self.weighting(
                 Situation(depths, lesson, self.teacher, self.chunk_rows, features, batch.tokens_BT)

@@ -165,6 +165,15 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
         """
         return self.unroll(features, tokens_BT)
 
+    def unroll_taught(
+        self, features: Features, tokens_BT: Tensor, depths: int, taught_BT: Tensor
+    ) -> Iterator[Depth]:
+        """`unroll_to` for who looks at taught states alone: at t, of shift s, iff taught[t+s].
+
+        Families that can leave the work of others out, and give them any state.
+        """
+        return self.unroll_to(features, tokens_BT, depths)
+
     @abstractmethod
     def extend(self, state: Any, features: Features, tokens_1N: Tensor) -> Any:
         """Read N newly verified positions: features of t-N+1..t and tokens x_{t-N+2}..x_{t+1}.

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, LlamaConfig
 from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
     LlamaDecoderLayer,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
 )
 
 from models.cache import causal_rows
@@ -112,6 +114,30 @@ class Rotary(LlamaRotaryEmbedding):
             F.pad(h, (0, missing), value=v) for h, v in zip(halves, (1.0, 0.0), strict=True)
         )
         return cos.flatten(-2), sin.flatten(-2)
+
+
+class AttentionInParts(LlamaAttention):
+    """Also what a row asks, what a row offers to be read, and what becomes of what it has read.
+
+    `turns` are the cosines and sines of the rows' rotary angles.
+    """
+
+    def ask(self, z_BNe: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries, `[B, H, N, c]`."""
+        queries = self._heads(self.q_proj(z_BNe))
+        return apply_rotary_pos_emb(queries, queries, *turns)[0]
+
+    def offer(self, z_BNe: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values, `[B, G, N, c]` each."""
+        keys = self._heads(self.k_proj(z_BNe))
+        return apply_rotary_pos_emb(keys, keys, *turns)[0], self._heads(self.v_proj(z_BNe))
+
+    def finish(self, read_BHNc: Tensor) -> Tensor:
+        """The output of the attention, `[B, N, d]`."""
+        return self.o_proj(read_BHNc.transpose(1, 2).flatten(-2))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class CausalLayer(nn.Module):

@@ -11,16 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaMLP,
-    LlamaRMSNorm,
-    apply_rotary_pos_emb,
-)
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from models.cache import GrowingCache
+from models.computed import ComputedRows, at_rows
 from models.drafter.base import Depth, Drafter, Frontier
-from models.drafter.blocks import ResidualBlock, Rotary, layer_config
+from models.drafter.blocks import AttentionInParts, ResidualBlock, Rotary, layer_config
 from models.feature_drafter import Drafted, Path
 from models.head import Head, build_head
 from models.target import Features, Target
@@ -33,7 +29,7 @@ class ContextEncoder(nn.Module):
         super().__init__()
         config = layer_config(hidden_size=hidden_size, **shape)
         config._attn_implementation = "sdpa"
-        self.self_attn = LlamaAttention(config, layer_idx=0)
+        self.self_attn = AttentionInParts(config, layer_idx=0)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(hidden_size, eps=config.rms_norm_eps)
@@ -44,27 +40,19 @@ class ContextEncoder(nn.Module):
         """Of the scores: c^-0.5."""
         return self.self_attn.scaling
 
-    def _heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (-1, self.self_attn.head_dim)).transpose(1, 2)
-
     def offer(self, rows_BNd: Tensor, positions_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, `[B, G, N, c]` each."""
         normed = self.input_layernorm(rows_BNd)
-        keys = self._heads(self.self_attn.k_proj(normed))
-        keys, _ = apply_rotary_pos_emb(keys, keys, *self.rotary(normed, positions_BN))
-        return keys, self._heads(self.self_attn.v_proj(normed))
+        return self.self_attn.offer(normed, self.rotary(normed, positions_BN))
 
     def ask(self, rows_BNd: Tensor, positions_BN: Tensor) -> Tensor:
         """Queries, `[B, H, N, c]`."""
         normed = self.input_layernorm(rows_BNd)
-        queries = self._heads(self.self_attn.q_proj(normed))
-        queries, _ = apply_rotary_pos_emb(queries, queries, *self.rotary(normed, positions_BN))
-        return queries
+        return self.self_attn.ask(normed, self.rotary(normed, positions_BN))
 
     def finish(self, rows_BNd: Tensor, read_BHNc: Tensor) -> Tensor:
         """The rows after attention and MLP, from what their queries have read."""
-        read_BNd = self.self_attn.o_proj(read_BHNc.transpose(1, 2).flatten(-2))
-        attended_BNd = rows_BNd + read_BNd
+        attended_BNd = rows_BNd + self.self_attn.finish(read_BHNc)
         return attended_BNd + self.mlp(self.post_attention_layernorm(attended_BNd))
 
 
@@ -160,6 +148,17 @@ class Chimera(Drafter):
         return final + context if self.adds else torch.cat([final, context], dim=-1)
 
     def unroll(self, features: Features, tokens_BT: Tensor) -> Iterator[Depth]:
+        return self._unroll(features, tokens_BT, None)
+
+    def unroll_taught(
+        self, features: Features, tokens_BT: Tensor, depths: int, taught_BT: Tensor
+    ) -> Iterator[Depth]:
+        """Every position is offered and asks; what it has read goes on where a head is taught."""
+        return self._unroll(features, tokens_BT, taught_BT)
+
+    def _unroll(
+        self, features: Features, tokens_BT: Tensor, taught_BT: Tensor | None
+    ) -> Iterator[Depth]:
         T = tokens_BT.shape[1]
         device = tokens_BT.device
         # m_{t+1} stands at index t; the last one would need x_T and reads token 0 (no label).
@@ -182,7 +181,13 @@ class Chimera(Drafter):
                 scale=self.encoder.scale,
                 enable_gqa=True,
             )
-            context_BTd = self.encoder.finish(F.pad(trigrams_BTd[:, k:], (0, 0, 0, past)), read)
+            rows = None if taught_BT is None else ComputedRows.of(taught_BT, [1 + k])
+            context_BTd = at_rows(
+                rows,
+                lambda asking, read: self.encoder.finish(asking, read.transpose(1, 2)),
+                F.pad(trigrams_BTd[:, k:], (0, 0, 0, past)),
+                read.transpose(1, 2),
+            )
             yield Depth(self._state(features.final_BTd, context_BTd), self.head(k), shift=1 + k)
 
     def start(self, features: Features, tokens_1T: Tensor) -> ChimeraState:

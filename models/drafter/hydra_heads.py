@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.cache import GrowingCache
+from models.computed import ComputedRows, at_rows
 from models.drafter.base import Depth, Drafter, Frontier
 from models.drafter.blocks import CausalLayer, ResidualBlock
 from models.head import Head, build_head
@@ -84,6 +85,17 @@ class HydraHeads(Drafter):
             self.head(depth).init_from(target, self.draft_ids_D)
 
     def unroll(self, features: Features, tokens_BT: Tensor) -> Iterator[Depth]:
+        return self._unroll(features, tokens_BT, None)
+
+    def unroll_taught(
+        self, features: Features, tokens_BT: Tensor, depths: int, taught_BT: Tensor
+    ) -> Iterator[Depth]:
+        """The prefix layer runs at every position, a head at those that it is taught at."""
+        return self._unroll(features, tokens_BT, taught_BT)
+
+    def _unroll(
+        self, features: Features, tokens_BT: Tensor, taught_BT: Tensor | None
+    ) -> Iterator[Depth]:
         context_BTd = features.final_BTd
         if self.prefix is not None:
             context_BTd = self.prefix(context_BTd)
@@ -94,7 +106,9 @@ class HydraHeads(Drafter):
             ahead_BTd = torch.zeros_like(embedded_BTd)
             ahead_BTd[:, : -(1 + k)] = embedded_BTd[:, 1 + k :]
             parts.append(ahead_BTd)
-            yield Depth(block(torch.cat(parts, dim=-1)), self.head(k), shift=1 + k)
+            rows = None if taught_BT is None else ComputedRows.of(taught_BT, [1 + k])
+            states_BTd = at_rows(rows, lambda *z, of=block: of(torch.cat(z, dim=-1)), *parts)
+            yield Depth(states_BTd, self.head(k), shift=1 + k)
 
     def initial_state(self) -> HydraState:
         return HydraState(cache=GrowingCache() if self.prefix is not None else None)

@@ -267,6 +267,37 @@ def test_depth_count(drafter: Drafter, text: tuple[Tensor, Features]) -> None:
         assert depth.head(depth.states_BNd[:, :2]).shape == (2, 2, size)
 
 
+def test_taught_states_are_those_of_the_whole_unroll(
+    drafter: Drafter, text: tuple[Tensor, Features]
+) -> None:
+    """Work that is left out elsewhere changes neither them nor what they teach the weights."""
+    tokens_BT, features = text
+    T, count = tokens_BT.shape[1], drafter.num_depths
+    taught_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
+    taught_BT[0, 5:9] = taught_BT[0, 15:17] = taught_BT[1, 11:-1] = True
+
+    def loss_and_states(depths: list[Depth]) -> tuple[Tensor, list[Tensor]]:
+        states = []
+        for depth in depths:
+            assert depth.positions_BN is None, "say which anchors are taught"
+            ahead_BT = F.pad(taught_BT[:, depth.shift :], (0, min(depth.shift, T)))
+            states.append(depth.states_BNd[ahead_BT])
+            if depth.feature_BNd is not None:
+                states.append(depth.feature_BNd[ahead_BT])
+        return sum((x.square().sum() for x in states), torch.zeros(())), states
+
+    whole = loss_and_states(list(drafter.unroll_to(features, tokens_BT, count)))
+    some = loss_and_states(list(drafter.unroll_taught(features, tokens_BT, count, taught_BT)))
+    for expected, found in zip(whole[1], some[1], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    weights = [p for p in drafter.parameters() if p.requires_grad]
+    expected, found = (torch.autograd.grad(x, weights, allow_unused=True) for x, _ in (whole, some))
+    for a, b in zip(expected, found, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
+
+
 @pytest.mark.parametrize("cut", [3, 10, 17])
 def test_no_leak_from_later_tokens(
     drafter: Drafter, text: tuple[Tensor, Features], cut: int

@@ -117,6 +117,30 @@ def test_targets_of_other_architectures(kind: str, family: type[Drafter]) -> Non
     assert made.tokens == truth.tolist()
 
 
+@pytest.mark.parametrize("family", [Eagle, Eagle3])
+def test_prompts_are_read_and_nothing_else_is_done_for_them(family: type[Drafter]) -> None:
+    """20 prompt tokens, then 20 to learn, of which x_38 is the last label of depth 1."""
+    target = _target("llama")
+    drafter = _drafter(target, family, steps=3) if family is Eagle3 else _drafter(target, family)
+    tokens_BT = torch.randint(3, target.vocab_size, (1, 40))
+    taught_BT = torch.arange(40)[None] >= 19  # u teaches x_{u+1}
+    taught_BT[0, 39] = False
+    features = target.forward(tokens_BT, layers=drafter.feature_layers)
+    rows: dict[str, list[int]] = {"q": [], "k": [], "mlp": []}
+    attention = drafter.layer.self_attn
+    modules = {"q": attention.q_proj, "k": attention.k_proj, "mlp": drafter.layer.mlp}
+    for name, module in modules.items():
+        module.register_forward_hook(
+            lambda _module, _given, made, name=name: rows[name].append(made.shape[1])
+        )
+    list(drafter.unroll_taught(features, tokens_BT, drafter.num_depths, taught_BT))
+    # t is taught at depth 0 from 18 to 37, and from 17 or 16 on at a later one.
+    if family is Eagle3:
+        assert rows == {"q": [22, 21, 21], "k": [40, 21, 21], "mlp": [22, 21, 21]}
+    else:
+        assert rows == {"q": [20], "k": [40], "mlp": [20]}
+
+
 def test_gemmas_embedding_and_norm_are_read_as_the_target_uses_them() -> None:
     """E is scaled by sqrt(d); the final norm that EAGLE-3 starts from is 1 + w."""
     target = _target("gemma")

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import models.levels as levels_module
+from models.computed import ComputedRows
 from models.levels import Levels, attend_levels, block_mask, visible
 
 
@@ -57,11 +59,52 @@ def test_equals_the_dense_softmax_gradients_too(K: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-def test_bf16_is_as_near_as_bf16_can_be() -> None:
+ROWS = ComputedRows((2, 11), torch.tensor([0, 3, 4, 10, 12, 19, 20]))
+
+
+@pytest.mark.parametrize("joined", [True, False], ids=["joined", "scattered"])
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_some_rows_read_what_they_would_among_all(
+    K: int, joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries and later keys of seven of 22 rows; gradients as if nobody looked at the others."""
+    if not joined:  # as an accelerator does without a kernel to join: put back, all rows, taken out
+        monkeypatch.setattr(levels_module, "fused", lambda queries: queries.shape[2] == 0)
+        monkeypatch.setattr(levels_module, "_compiled", lambda _: _dense_blocks)
+    queries, both = _random(K)
+    expected = ROWS.take_heads(_dense(queries, both[:K], both[K:], 0.3))
+    some = [x if i in (0, K) else ROWS.take_heads(x) for i, x in enumerate(both)]
+    found = attend_levels(ROWS.take_heads(queries), some[:K], some[K:], 0.3, ROWS)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    outer = torch.randn_like(expected)
+    ours = torch.autograd.grad(found, [queries, *both], outer)
+    theirs = torch.autograd.grad(expected, [queries, *both], outer)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def _dense_blocks(
+    q: Tensor, k: Tensor, v: Tensor, *, block_mask: object, scale: float, enable_gqa: bool
+) -> Tensor:
+    """What flex_attention computes, in fp64 too."""
+    assert block_mask is not None
+    assert enable_gqa
+    T = q.shape[2]
+    return _dense(q, list(k.split(T, dim=2)), list(v.split(T, dim=2)), scale)
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+def test_bf16_is_as_near_as_bf16_can_be(some: bool) -> None:
     queries, both = _random(4, T=200, dtype=torch.float32)
     expected = _dense(queries, both[:4], both[4:], 0.3)
     small = [t.detach().bfloat16().requires_grad_() for t in (queries, *both)]
-    found = attend_levels(small[0], small[1:5], small[5:], 0.3)
+    if some:
+        rows = ComputedRows((2, 200), torch.cat([torch.arange(90, 200), torch.arange(230, 333)]))
+        expected = rows.take_heads(expected)
+        q, *kv = (x if i in (1, 5) else rows.take_heads(x) for i, x in enumerate(small))
+        found = attend_levels(q, kv[:4], kv[4:], 0.3, rows)
+    else:
+        found = attend_levels(small[0], small[1:5], small[5:], 0.3)
     assert found.dtype == torch.bfloat16
     assert float((found.float() - expected).detach().abs().max()) < 0.03
     outer = torch.randn_like(expected)
@@ -105,8 +148,11 @@ def test_nothing_of_size_levels_times_positions_squared_is_kept() -> None:
 @pytest.mark.parametrize(
     ("dtype", "error"), [(torch.bfloat16, 0.03), (torch.float32, 2e-3)], ids=["joined", "flex"]
 )
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
 @pytest.mark.parametrize("K", [1, 2, 5])
-def test_an_accelerator_gives_the_dense_softmax(K: int, dtype: torch.dtype, error: float) -> None:
+def test_an_accelerator_gives_the_dense_softmax(
+    K: int, some: bool, dtype: torch.dtype, error: float
+) -> None:
     """Joined in half precision, flex_attention in fp32: values and gradients of the definition."""
     torch.manual_seed(0)
     given = [
@@ -114,10 +160,15 @@ def test_an_accelerator_gives_the_dense_softmax(K: int, dtype: torch.dtype, erro
         for i in range(1 + 2 * K)
     ]
     expected = _dense(given[0], given[1 : 1 + K], given[1 + K :], 0.125)
+    small = [t.detach().to(dtype).requires_grad_() for t in given]
+    rows, (q, *kv) = None, small
+    if some:
+        rows = ComputedRows((2, 150), torch.arange(40, 290, 3, device="cuda"))
+        expected = rows.take_heads(expected)
+        q, *kv = (x if i in (1, 1 + K) else rows.take_heads(x) for i, x in enumerate(small))
     outer = torch.randn_like(expected)
     theirs = torch.autograd.grad(expected, given, outer)
-    small = [t.detach().to(dtype).requires_grad_() for t in given]
-    found = attend_levels(small[0], small[1 : 1 + K], small[1 + K :], 0.125)
+    found = attend_levels(q, kv[:K], kv[K:], 0.125, rows)
     ours = torch.autograd.grad(found, small, outer.to(dtype))
     for a, b in zip([found, *ours], [expected, *theirs], strict=True):
         difference = (a.float() - b).norm() / b.norm()
