@@ -14,8 +14,8 @@ is near 0 where the weight is large. s* and delta, fp32, come as two bf16 column
 only a power of two is multiplied into q, which loses nothing; the rest r, 1 for heads of 64 or 256,
 multiplies what the product gave: s = r (q' k), q' = (scale / r) q.
 
-Shape legend: B sequences, T positions, H query heads, G key and value heads, R = H / G, c head
-size, n rows of a block, e keys before its end, w = c + 2, N = B * G.
+Shape legend: B sequences, T positions, P query rows of a sequence, H query heads, G key and value
+heads, R = H / G, c head size, n rows of a block, e keys before its end, w = c + 2, N = B * G.
 """
 
 import math
@@ -35,14 +35,17 @@ BLOCK_SCORES = 2**22
 """Scores of a block, at most: 8 MB in bf16, of which two or three live at a time."""
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Any]:
+def causal(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, at_BP: Tensor | None = None
+) -> tuple[Tensor, Tensor, Any]:
     """Output `[B, H, T, c]`, log-sum-exps `[B, H, T]`, and what the backward pass asks for besides.
 
-    Several query heads may share a key head.
+    Several query heads may share a key head. Where blocks are the way, the queries may be P rows of
+    every sequence, at the ascending positions `at_BP`, instead of all T.
     """
     aten = torch.ops.aten
     if in_blocks(q):
-        return *_forward_blocks(q, k, v, scale), None
+        return *_forward_blocks(q, k, v, scale, at_BP), None
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, True, attn_mask=None, scale=scale
@@ -55,7 +58,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 
 
 def causal_backward(
-    given: tuple[Tensor, ...], extra: Any, scale: float
+    given: tuple[Tensor, ...], extra: Any, scale: float, at_BP: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from (dout, q, k, v, out, lse).
 
@@ -65,7 +68,7 @@ def causal_backward(
     dout, q, k, v, out, lse = given
     aten = torch.ops.aten
     if in_blocks(q):
-        return _backward_blocks(given, scale)
+        return _backward_blocks(given, scale, at_BP)
     if extra is None:
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, True, attn_mask=None, scale=scale
@@ -82,69 +85,87 @@ def in_blocks(q: Tensor) -> bool:
     return IN_BLOCKS and q.device.type == "cpu" and q.dtype == torch.bfloat16
 
 
-def _forward_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    B, H, T, c = q.shape
-    G = k.shape[1]
+def _forward_blocks(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, at_BP: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    B, H, P, c = q.shape
+    G, T = k.shape[1:3]
     power, rest = _power_of_two(scale)
-    q_NRTc = _per_key_head(q * power, G)
+    q_NRPc = _per_key_head(q * power, G)
     k_Nwe = _widened(k.flatten(0, 1), k.new_ones(B * G, T, 1)).mT
     v_NTc = v.flatten(0, 1).contiguous()
-    out = torch.empty_like(q_NRTc)
+    out = torch.empty_like(q_NRPc)
     lse = torch.empty(out.shape[:-1])
-    for start, stop, hidden in _blocks(q):
-        q_Nnc = q_NRTc[:, :, start:stop].flatten(1, 2)
+    for start, stop, end, hidden in _blocks(q, k, at_BP):
+        q_Nnc = q_NRPc[:, :, start:stop].flatten(1, 2)
         # The maximum of the rounded scores is a bf16 number: subtracting it loses nothing.
-        s = _scores(q_Nnc, k_Nwe[:, :c, :stop], stop - start)
-        s[..., start:].add_(hidden)
+        s = _scores(q_Nnc, k_Nwe[:, :c, :end], stop - start)
+        s[..., -hidden.shape[-1] :].add_(hidden)
         m = s.amax(-1, keepdim=True)
-        s = _scores(_widened(q_Nnc, -m.flatten(1, 2)), k_Nwe[..., :stop], stop - start)
-        s[..., start:].add_(hidden)
+        s = _scores(_widened(q_Nnc, -m.flatten(1, 2)), k_Nwe[..., :end], stop - start)
+        s[..., -hidden.shape[-1] :].add_(hidden)
         w = _times(s, rest).exp_()
         total = _row_sums(w)
-        read = torch.bmm(w.flatten(1, 2), v_NTc[:, :stop]).unflatten(1, (-1, stop - start))
+        read = torch.bmm(w.flatten(1, 2), v_NTc[:, :end]).unflatten(1, (-1, stop - start))
         out[:, :, start:stop] = read / total
         lse[:, :, start:stop] = (total.log() + rest * m.float())[..., 0]
-    return out.view(B, H, T, c), lse.view(B, H, T)
+    return out.view(B, H, P, c), lse.view(B, H, P)
 
 
-def _backward_blocks(given: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_blocks(
+    given: tuple[Tensor, ...], scale: float, at_BP: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, k, v, out, lse = given
-    B, H, T, c = q.shape
-    G = k.shape[1]
+    B, H, P, c = q.shape
+    G, T = k.shape[1:3]
     power, rest = _power_of_two(scale)
     ones = k.new_ones(B * G, T, 2)
     delta = (dout * out).sum(-1, dtype=torch.float32)
-    q_NRTw = _per_key_head(_widened(q * power, _two(-lse / rest)), G)
-    d_NRTw = _per_key_head(_widened(dout, _two(-delta)), G)
+    q_NRPw = _per_key_head(_widened(q * power, _two(-lse / rest)), G)
+    d_NRPw = _per_key_head(_widened(dout, _two(-delta)), G)
     k_NTw, v_NTw = _widened(k.flatten(0, 1), ones), _widened(v.flatten(0, 1), ones)
-    dq = q.new_empty(B * G, H // G, T, c)
+    dq = q.new_empty(B * G, H // G, P, c)
     dk, dv = torch.zeros(2, B * G, T, c)
-    for start, stop, hidden in _blocks(q):
-        q_Nnw, d_Nnw = (x[:, :, start:stop].flatten(1, 2) for x in (q_NRTw, d_NRTw))
-        s = _scores(q_Nnw, k_NTw[:, :stop].mT, stop - start)
-        s[..., start:].add_(hidden)
+    for start, stop, end, hidden in _blocks(q, k, at_BP):
+        q_Nnw, d_Nnw = (x[:, :, start:stop].flatten(1, 2) for x in (q_NRPw, d_NRPw))
+        s = _scores(q_Nnw, k_NTw[:, :end].mT, stop - start)
+        s[..., -hidden.shape[-1] :].add_(hidden)
         w = _times(s, rest).exp_().flatten(1, 2)
-        dv[:, :stop].add_(torch.bmm(w.mT, d_Nnw[..., :c]))
-        ds = torch.bmm(d_Nnw, v_NTw[:, :stop].mT).mul_(w)
-        dq[:, :, start:stop] = (torch.bmm(ds, k_NTw[:, :stop, :c]) * scale).unflatten(
+        dv[:, :end].add_(torch.bmm(w.mT, d_Nnw[..., :c]))
+        ds = torch.bmm(d_Nnw, v_NTw[:, :end].mT).mul_(w)
+        dq[:, :, start:stop] = (torch.bmm(ds, k_NTw[:, :end, :c]) * scale).unflatten(
             1, (-1, stop - start)
         )
-        dk[:, :stop].add_(torch.bmm(ds.mT, q_Nnw[..., :c]))
+        dk[:, :end].add_(torch.bmm(ds.mT, q_Nnw[..., :c]))
     return (
-        dq.view(B, H, T, c),
+        dq.view(B, H, P, c),
         (rest * dk).view(B, G, T, c).to(k.dtype),
         dv.view(B, G, T, c).to(v.dtype),
     )
 
 
-def _blocks(q: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, hidden) of every block: `hidden` is -inf where a key stands behind a row."""
-    B, H, T, _ = q.shape
+def _blocks(q: Tensor, k: Tensor, at_BP: Tensor | None) -> Iterator[tuple[int, int, int, Tensor]]:
+    """(start, stop, end, hidden) of every block of rows; its keys are those before `end`.
+
+    `hidden` is -inf where a key stands behind a row, for the last keys; all rows see the others.
+    """
+    B, H, P, _ = q.shape
+    G, T = k.shape[1:3]
     rows = max(32, min(ROWS, BLOCK_SCORES // (B * H * T) // 32 * 32))
-    hidden = torch.full((rows, rows), -torch.inf, dtype=q.dtype).triu(1)
-    for start in range(0, T, rows):
-        stop = min(start + rows, T)
-        yield start, stop, hidden[: stop - start, : stop - start]
+    triangle = torch.full((rows, rows), -torch.inf, dtype=q.dtype).triu(1)
+    for start in range(0, P, rows):
+        stop = min(start + rows, P)
+        if at_BP is None:
+            yield start, stop, stop, triangle[: stop - start, : stop - start]
+            continue
+        at_Bn1 = at_BP[:, start:stop, None]
+        first = int(at_Bn1.min())
+        end = min(T, (int(at_Bn1.max()) // 32 + 1) * 32)  # even sums and products are faster
+        behind_Bne = torch.arange(first, end) > at_Bn1
+        hidden_Bne = torch.zeros_like(behind_Bne, dtype=q.dtype).masked_fill_(
+            behind_Bne, -torch.inf
+        )
+        yield start, stop, end, hidden_Bne.repeat_interleave(G, 0)[:, None]
 
 
 def _power_of_two(scale: float) -> tuple[float, float]:

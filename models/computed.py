@@ -55,6 +55,21 @@ class ComputedRows:
         at_N = torch.searchsorted(outer.index_N, self.index_N)
         return ComputedRows((1, len(outer.index_N)), at_N)
 
+    def packed(self) -> tuple["ComputedRows", Tensor]:
+        """The same rows side by side in every sequence, and their positions, `[B, P]`.
+
+        P is the most that a sequence has; where it has fewer, its last position stands again.
+        """
+        B, T = self.shape
+        sequence_N, t_N = self.index_N // T, self.index_N % T
+        count_B = torch.bincount(sequence_N, minlength=B)
+        P = int(count_B.max())
+        before_B = count_B.cumsum(0) - count_B
+        place_N = torch.arange(len(t_N), device=t_N.device) - before_B[sequence_N]
+        at_BP = t_N.new_zeros(B, P)
+        at_BP[sequence_N, place_N] = t_N
+        return ComputedRows((B, P), sequence_N * P + place_N), at_BP.cummax(1).values
+
     def take(self, x_BT: Tensor) -> Tensor:
         """`[B, T, ...]` -> `[1, N, ...]`."""
         return _Take.apply(x_BT.flatten(0, 1), self.index_N)[None]  # type: ignore[index]

@@ -136,8 +136,8 @@ class _JoinedLevels(torch.autograd.Function):
     the final output and s to make the gradients of its part, so the causal kernel of PyTorch is
     run with those of the whole row. Nothing is kept but the inputs, the output and s.
 
-    Rows that are not computed stand in the causal part with queries of zeros, outputs of zeros and
-    no gradient: nothing of them reaches a key.
+    Where the causal kernel wants every row, those that are not computed stand there with queries of
+    zeros, outputs of zeros and no gradient: nothing of them reaches a key.
     """
 
     @staticmethod
@@ -150,8 +150,11 @@ class _JoinedLevels(torch.autograd.Function):
         *both: Tensor,
     ) -> Tensor:
         keys, values = both[:levels], both[levels:]
-        every = queries_BHTc if rows is None else rows.put_heads(queries_BHTc)
-        causal_BHTc, lse_BHT, extra = causal(every, keys[0], values[0], scale)
+        at_BP = None
+        if rows is not None and in_blocks(queries_BHTc):
+            rows, at_BP = rows.packed()
+        q = queries_BHTc if rows is None else rows.put_heads(queries_BHTc)
+        causal_BHTc, lse_BHT, extra = causal(q, keys[0], values[0], scale, at_BP)
         if rows is not None:
             causal_BHTc, lse_BHT = rows.take_heads(causal_BHTc), rows.take_heads(lse_BHT)
         queries = _grouped(queries_BHTc, keys[0])
@@ -162,19 +165,19 @@ class _JoinedLevels(torch.autograd.Function):
         for score, value_BGTc in zip(scores, values[1:], strict=True):
             out += (score - joined).exp()[..., None] * value_BGTc[:, :, None]
         out_BHTc = out.flatten(1, 2).to(queries_BHTc.dtype)
-        ctx.scale, ctx.levels, ctx.rows, ctx.extra = scale, levels, rows, extra
+        ctx.scale, ctx.levels, ctx.rows, ctx.extra = scale, levels, (rows, at_BP), extra
         ctx.save_for_backward(queries_BHTc, out_BHTc, joined, *both)
         return out_BHTc
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
         queries_BHTc, out_BHTc, joined, *both = ctx.saved_tensors
-        keys, values, rows = both[: ctx.levels], both[ctx.levels :], ctx.rows
+        keys, values, (rows, at_BP) = both[: ctx.levels], both[ctx.levels :], ctx.rows
         dout_BHTc = outer[0]
         ours = (dout_BHTc, queries_BHTc, out_BHTc, joined.flatten(1, 2))
         dout, q, out, lse = ours if rows is None else map(rows.put_heads, ours)
         given = (dout, q, keys[0], values[0], out, lse)
-        dq, dk, dv = causal_backward(given, ctx.extra, ctx.scale)
+        dq, dk, dv = causal_backward(given, ctx.extra, ctx.scale, at_BP)
         if rows is not None:
             dq = rows.take_heads(dq)
         queries, dout = _grouped(queries_BHTc, keys[0]), _grouped(dout_BHTc, keys[0])

@@ -14,9 +14,9 @@ from transformers import AutoConfig
 
 from models.cache import GrowingCache, GrowingLayer, causal_rows
 from models.head import Head
-from models.lm_shape import layer_list, plain_config, with_layers
+from models.lm_shape import layer_list, with_layers
 from models.lm_state import Memory, additive, has_window
-from models.target import Target
+from models.target import Target, plain_config
 
 
 def pieces(inner: Any, exits: Sequence[int]) -> list[Any]:

@@ -1,6 +1,5 @@
 """The architecture of a small language model, derived from its target's (plain config dicts)."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from models.target import resolve_name
+from models.target import plain_config, resolve_name
 
 
 @dataclass(frozen=True)
@@ -115,11 +114,6 @@ class LmStart:
                 f"each key-value head more than the {heads // kv_heads} queries it has in the "
                 "target, and none can be added; keep more key-value heads or fewer heads."
             )
-
-
-def plain_config(config: Any) -> dict[str, Any]:
-    """A transformers config as JSON data, nothing left out."""
-    return json.loads(config.to_json_string(use_diff=False))
 
 
 def kept_layers(keep: str, num_layers: int, total: int) -> tuple[int, ...]:

@@ -113,7 +113,7 @@ class Target:
     @property
     def plain_config(self) -> dict[str, Any]:
         """The language model's config as JSON data, for drafters of the target's architecture."""
-        return json.loads(self.config.to_json_string(use_diff=False))
+        return plain_config(self.config)
 
     @property
     def num_parameters(self) -> int:
@@ -263,6 +263,13 @@ def load_target(
     model = model.to(where)
     commit = getattr(model.config, "_commit_hash", None)
     return Target(model=model, tokenizer=tokenizer, name=name, revision=revision or commit)
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A transformers config as JSON data, nothing left out but the place it was read from: drafters
+    keep it, and a published one should not tell anybody's folders."""
+    data = json.loads(config.to_json_string(use_diff=False))
+    return {key: value for key, value in data.items() if key != "_name_or_path"}
 
 
 def resolve_name(name: str) -> str:

@@ -22,8 +22,7 @@ from export.outside import outside_mass, outside_row, widen
 from export.parity import prove_equal
 from models.drafter.causal_lm import CausalLm
 from models.drafter.medusa import Medusa
-from models.lm_shape import plain_config
-from models.target import Target
+from models.target import Target, plain_config
 from tests.export.here import measure_here
 from tests.export.tiny_run import write_run
 from tests.tiny import tiny_target

@@ -24,8 +24,7 @@ from models.drafter.base import Drafter
 from models.drafter.causal_lm import CausalLm
 from models.drafter.eagle3 import Eagle3
 from models.drafter.medusa import Medusa
-from models.lm_shape import plain_config
-from models.target import Target
+from models.target import Target, plain_config
 from tests.export.formats.drafters import FROZEN, LOW_RANK, OWN, eagle3
 from tests.models.test_contract import stir
 

@@ -1,5 +1,6 @@
 """Loading targets, and what identifies them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,13 @@ def test_folder_round_trip_keeps_the_fingerprint(target: Target, target_dir: Pat
     assert loaded.fingerprint() == target.fingerprint()
     assert loaded.template_hash() == target.template_hash()
     assert loaded.eos_ids == target.eos_ids
+
+
+def test_what_a_drafter_keeps_of_the_config_names_no_folder(target_dir: Path) -> None:
+    loaded = load_target(name=str(target_dir), dtype="float32", device="cpu")
+    assert str(target_dir) in json.dumps(loaded.config.to_dict())
+    assert str(target_dir) not in json.dumps(loaded.plain_config)
+    assert loaded.plain_config["num_hidden_layers"] == loaded.num_layers
 
 
 def test_fingerprint_sees_other_weights_but_not_the_dtype(target: Target) -> None:
