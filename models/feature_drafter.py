@@ -27,7 +27,7 @@ from models.computed import ComputedRows
 from models.drafter.base import Depth, Drafter, Frontier
 from models.drafter.blocks import AttentionInParts, Rotary, layer_config
 from models.head import Head, build_head
-from models.levels import MEMORY_ATTENTION, Levels
+from models.levels import Levels
 from models.target import Features, Target
 
 MOST_ROWS = 0.9
@@ -51,7 +51,6 @@ class FeatureLayer(nn.Module):
     ) -> None:
         super().__init__()
         config = layer_config(hidden_size=hidden_size, **shape)
-        config._attn_implementation = MEMORY_ATTENTION
         self.self_attn = AttentionInParts(config, layer_idx=0)
         self.mlp = LlamaMLP(config)
         self.post_attention_layernorm = LlamaRMSNorm(hidden_size, eps=config.rms_norm_eps)
@@ -70,29 +69,26 @@ class FeatureLayer(nn.Module):
         self,
         z_BTe: Tensor,
         residual_BTd: Tensor,
-        positions_BT: Tensor,
+        positions_1T: Tensor,
         memory: Any,
         rows: ComputedRows | None = None,
     ) -> Tensor:
         """`memory` takes the keys and values of these rows, and is what they attend to.
 
-        With `rows`, the others are only attended to, and the outputs are `[1, N, d]`.
+        With `rows`, positions must be 0..T-1, the other rows are only attended to, and the outputs
+        are `[1, N, d]`.
         """
         z_BTe = in_autocast(z_BTe)
-        turns = self.rotary(residual_BTd, positions_BT)
-        if rows is None:
-            attended_BTd, _ = self.self_attn(
-                hidden_states=z_BTe,
-                position_embeddings=turns,
-                attention_mask=None,
-                past_key_values=memory,
-                memory=memory,
-            )
-        else:
-            queries = self.self_attn.ask(rows.take(z_BTe), self.rotary(z_BTe, rows.positions_1N))
-            memory.update(*self.self_attn.offer(z_BTe, turns), 0)
-            read = memory.attend(queries, self.self_attn.scaling)
-            attended_BTd, residual_BTd = self.self_attn.finish(read), rows.take(residual_BTd)
+        turns = self.rotary(residual_BTd, positions_1T)
+        asks_BNe, its_turns = z_BTe, turns
+        if rows is not None:
+            asks_BNe, residual_BTd = rows.take(z_BTe), rows.take(residual_BTd)
+            its_turns = turns[0][:, rows.positions_1N[0]], turns[1][:, rows.positions_1N[0]]
+        # The same modules in the same order with and without `rows`: processes that share the
+        # weights among them put them together in step.
+        queries = self.self_attn.ask(asks_BNe, its_turns)
+        memory.update(*self.self_attn.offer(z_BTe, turns), 0)
+        attended_BTd = self.self_attn.finish(memory.attend(queries, self.self_attn.scaling))
         a_BTd = residual_BTd + attended_BTd
         wide = torch.cat([a_BTd] * self.outputs, dim=-1) if self.outputs > 1 else a_BTd
         return wide + self.mlp(in_autocast(self.post_attention_layernorm(a_BTd)))

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 from models.autocast import in_autocast
 from models.causal import causal, causal_backward, in_blocks
@@ -47,7 +46,7 @@ def visible(row: Row, level: Row, key_row: Row, key_level: Row) -> Any:
 
 
 class Levels:
-    """The keys and values of every level so far, as a cache that transformers' attention fills.
+    """The keys and values of every level so far, as a memory of models/feature_drafter.py.
 
     `rows` are those whose queries come next; None: every row.
     """
@@ -204,15 +203,3 @@ def _scores(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     keys = keys if keys.dim() == queries.dim() else keys[:, :, None]
     dtype = torch.promote_types(queries.dtype, torch.float32)
     return (queries * keys).sum(-1, dtype=dtype) * scale
-
-
-def _attend_memory(
-    _module: torch.nn.Module, query: Tensor, *_own: Tensor | None, scaling: float, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """transformers' attention interface; keys and values are in the memory it is called with."""
-    return kwargs["memory"].attend(query, scaling).transpose(1, 2), None
-
-
-MEMORY_ATTENTION = "draftsmith_memory"
-"""`config._attn_implementation` of layers that are called with `memory=`."""
-AttentionInterface.register(MEMORY_ATTENTION, _attend_memory)

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
+    rotate_half,
 )
 
 from models.cache import causal_rows
@@ -117,20 +117,20 @@ class Rotary(LlamaRotaryEmbedding):
 
 
 class AttentionInParts(LlamaAttention):
-    """Also what a row asks, what a row offers to be read, and what becomes of what it has read.
+    """What a row asks, what a row offers to be read, and what becomes of what it has read.
 
+    For layers whose queries are other rows than their keys, or that say themselves what is read.
     `turns` are the cosines and sines of the rows' rotary angles.
     """
 
     def ask(self, z_BNe: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
         """Queries, `[B, H, N, c]`."""
-        queries = self._heads(self.q_proj(z_BNe))
-        return apply_rotary_pos_emb(queries, queries, *turns)[0]
+        return _turned(self._heads(self.q_proj(z_BNe)), turns)
 
     def offer(self, z_BNe: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values, `[B, G, N, c]` each."""
-        keys = self._heads(self.k_proj(z_BNe))
-        return apply_rotary_pos_emb(keys, keys, *turns)[0], self._heads(self.v_proj(z_BNe))
+        keys = _turned(self._heads(self.k_proj(z_BNe)), turns)
+        return keys, self._heads(self.v_proj(z_BNe))
 
     def finish(self, read_BHNc: Tensor) -> Tensor:
         """The output of the attention, `[B, N, d]`."""
@@ -138,6 +138,11 @@ class AttentionInParts(LlamaAttention):
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def _turned(x_BHNc: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = (turn_BNc[:, None] for turn_BNc in turns)
+    return x_BHNc * cos + rotate_half(x_BHNc) * sin
 
 
 class CausalLayer(nn.Module):
