@@ -19,7 +19,6 @@ heads, R = H / G, c head size, n rows of a block, e keys before its end, w = c +
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,6 +34,11 @@ BLOCK_SCORES = 2**22
 """Scores of a block, at most: 8 MB in bf16, of which two or three live at a time."""
 
 
+Block = tuple[int, int, int, Tensor]
+"""(start, stop, end, hidden): query rows start..stop-1 and the keys before `end`. `hidden` is -inf
+where a key stands behind a row, for the last keys; all these rows see the others."""
+
+
 def causal(
     q: Tensor, k: Tensor, v: Tensor, scale: float, at_BP: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Any]:
@@ -45,7 +49,8 @@ def causal(
     """
     aten = torch.ops.aten
     if in_blocks(q):
-        return *_forward_blocks(q, k, v, scale, at_BP), None
+        blocks = _blocks(q, k, at_BP)
+        return *_forward_blocks(q, k, v, scale, blocks), blocks
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, True, attn_mask=None, scale=scale
@@ -58,7 +63,7 @@ def causal(
 
 
 def causal_backward(
-    given: tuple[Tensor, ...], extra: Any, scale: float, at_BP: Tensor | None = None
+    given: tuple[Tensor, ...], extra: Any, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from (dout, q, k, v, out, lse).
 
@@ -68,7 +73,7 @@ def causal_backward(
     dout, q, k, v, out, lse = given
     aten = torch.ops.aten
     if in_blocks(q):
-        return _backward_blocks(given, scale, at_BP)
+        return _backward_blocks(given, scale, extra)
     if extra is None:
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, True, attn_mask=None, scale=scale
@@ -86,7 +91,7 @@ def in_blocks(q: Tensor) -> bool:
 
 
 def _forward_blocks(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, at_BP: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: list[Block]
 ) -> tuple[Tensor, Tensor]:
     B, H, P, c = q.shape
     G, T = k.shape[1:3]
@@ -96,7 +101,7 @@ def _forward_blocks(
     v_NTc = v.flatten(0, 1).contiguous()
     out = torch.empty_like(q_NRPc)
     lse = torch.empty(out.shape[:-1])
-    for start, stop, end, hidden in _blocks(q, k, at_BP):
+    for start, stop, end, hidden in blocks:
         q_Nnc = q_NRPc[:, :, start:stop].flatten(1, 2)
         # The maximum of the rounded scores is a bf16 number: subtracting it loses nothing.
         s = _scores(q_Nnc, k_Nwe[:, :c, :end], stop - start)
@@ -113,7 +118,7 @@ def _forward_blocks(
 
 
 def _backward_blocks(
-    given: tuple[Tensor, ...], scale: float, at_BP: Tensor | None
+    given: tuple[Tensor, ...], scale: float, blocks: list[Block]
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, k, v, out, lse = given
     B, H, P, c = q.shape
@@ -126,7 +131,7 @@ def _backward_blocks(
     k_NTw, v_NTw = _widened(k.flatten(0, 1), ones), _widened(v.flatten(0, 1), ones)
     dq = q.new_empty(B * G, H // G, P, c)
     dk, dv = torch.zeros(2, B * G, T, c)
-    for start, stop, end, hidden in _blocks(q, k, at_BP):
+    for start, stop, end, hidden in blocks:
         q_Nnw, d_Nnw = (x[:, :, start:stop].flatten(1, 2) for x in (q_NRPw, d_NRPw))
         s = _scores(q_Nnw, k_NTw[:, :end].mT, stop - start)
         s[..., -hidden.shape[-1] :].add_(hidden)
@@ -144,28 +149,24 @@ def _backward_blocks(
     )
 
 
-def _blocks(q: Tensor, k: Tensor, at_BP: Tensor | None) -> Iterator[tuple[int, int, int, Tensor]]:
-    """(start, stop, end, hidden) of every block of rows; its keys are those before `end`.
-
-    `hidden` is -inf where a key stands behind a row, for the last keys; all rows see the others.
-    """
+def _blocks(q: Tensor, k: Tensor, at_BP: Tensor | None) -> list[Block]:
+    """All blocks of query rows, in order."""
     B, H, P, _ = q.shape
     G, T = k.shape[1:3]
     rows = max(32, min(ROWS, BLOCK_SCORES // (B * H * T) // 32 * 32))
-    triangle = torch.full((rows, rows), -torch.inf, dtype=q.dtype).triu(1)
-    for start in range(0, P, rows):
-        stop = min(start + rows, P)
-        if at_BP is None:
-            yield start, stop, stop, triangle[: stop - start, : stop - start]
-            continue
-        at_Bn1 = at_BP[:, start:stop, None]
-        first = int(at_Bn1.min())
-        end = min(T, (int(at_Bn1.max()) // 32 + 1) * 32)  # even sums and products are faster
-        behind_Bne = torch.arange(first, end) > at_Bn1
-        hidden_Bne = torch.zeros_like(behind_Bne, dtype=q.dtype).masked_fill_(
-            behind_Bne, -torch.inf
-        )
-        yield start, stop, end, hidden_Bne.repeat_interleave(G, 0)[:, None]
+    edges = [(start, min(start + rows, P)) for start in range(0, P, rows)]
+    if at_BP is None:
+        triangle = torch.full((rows, rows), -torch.inf, dtype=q.dtype).triu(1)
+        return [(i, j, j, triangle[: j - i, : j - i]) for i, j in edges]
+    blocks: list[Block] = []
+    for i, j in edges:
+        at_B1n1 = at_BP[:, None, i:j, None]
+        first = int(at_B1n1.min())
+        end = min(T, (int(at_B1n1.max()) // 32 + 1) * 32)  # even sums and products are faster
+        hidden_B1ne = q.new_zeros(B, 1, j - i, end - first)
+        hidden_B1ne.masked_fill_(torch.arange(first, end) > at_B1n1, -torch.inf)
+        blocks.append((i, j, end, hidden_B1ne.repeat_interleave(G, 0) if B > 1 else hidden_B1ne))
+    return blocks
 
 
 def _power_of_two(scale: float) -> tuple[float, float]:

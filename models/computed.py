@@ -9,6 +9,7 @@ Shape legend: B sequences, T positions, M = B*T, N computed rows.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,6 +56,12 @@ class ComputedRows:
         at_N = torch.searchsorted(outer.index_N, self.index_N)
         return ComputedRows((1, len(outer.index_N)), at_N)
 
+    @property
+    def complete(self) -> bool:
+        """Whether these are all rows, so that taking them out and putting them back is nothing."""
+        return len(self.index_N) == self.shape[0] * self.shape[1]
+
+    @cached_property
     def packed(self) -> tuple["ComputedRows", Tensor]:
         """The same rows side by side in every sequence, and their positions, `[B, P]`.
 
@@ -72,11 +79,15 @@ class ComputedRows:
 
     def take(self, x_BT: Tensor) -> Tensor:
         """`[B, T, ...]` -> `[1, N, ...]`."""
+        if self.complete:
+            return x_BT.flatten(0, 1)[None]
         return _Take.apply(x_BT.flatten(0, 1), self.index_N)[None]  # type: ignore[index]
 
     def put(self, x_1N: Tensor) -> Tensor:
         """`[1, N, ...]` -> `[B, T, ...]`, zeros elsewhere."""
         B, T = self.shape
+        if self.complete:
+            return x_1N[0].unflatten(0, (B, T))
         whole = x_1N.new_zeros(B * T, *x_1N.shape[2:])
         return whole.index_copy(0, self.index_N, x_1N[0]).unflatten(0, (B, T))
 

@@ -151,7 +151,7 @@ class _JoinedLevels(torch.autograd.Function):
         keys, values = both[:levels], both[levels:]
         at_BP = None
         if rows is not None and in_blocks(queries_BHTc):
-            rows, at_BP = rows.packed()
+            rows, at_BP = rows.packed
         q = queries_BHTc if rows is None else rows.put_heads(queries_BHTc)
         causal_BHTc, lse_BHT, extra = causal(q, keys[0], values[0], scale, at_BP)
         if rows is not None:
@@ -164,19 +164,19 @@ class _JoinedLevels(torch.autograd.Function):
         for score, value_BGTc in zip(scores, values[1:], strict=True):
             out += (score - joined).exp()[..., None] * value_BGTc[:, :, None]
         out_BHTc = out.flatten(1, 2).to(queries_BHTc.dtype)
-        ctx.scale, ctx.levels, ctx.rows, ctx.extra = scale, levels, (rows, at_BP), extra
+        ctx.scale, ctx.levels, ctx.rows, ctx.extra = scale, levels, rows, extra
         ctx.save_for_backward(queries_BHTc, out_BHTc, joined, *both)
         return out_BHTc
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
         queries_BHTc, out_BHTc, joined, *both = ctx.saved_tensors
-        keys, values, (rows, at_BP) = both[: ctx.levels], both[ctx.levels :], ctx.rows
+        keys, values, rows = both[: ctx.levels], both[ctx.levels :], ctx.rows
         dout_BHTc = outer[0]
         ours = (dout_BHTc, queries_BHTc, out_BHTc, joined.flatten(1, 2))
         dout, q, out, lse = ours if rows is None else map(rows.put_heads, ours)
         given = (dout, q, keys[0], values[0], out, lse)
-        dq, dk, dv = causal_backward(given, ctx.extra, ctx.scale, at_BP)
+        dq, dk, dv = causal_backward(given, ctx.extra, ctx.scale)
         if rows is not None:
             dq = rows.take_heads(dq)
         queries, dout = _grouped(queries_BHTc, keys[0]), _grouped(dout_BHTc, keys[0])

@@ -7,7 +7,6 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.cache import GrowingCache
-from models.computed import ComputedRows, at_rows
 from models.drafter.base import Depth, Drafter, Frontier
 from models.head import Head, build_head
 from models.lm_shape import build_inner, with_layers
@@ -192,31 +190,17 @@ class Clover2(Drafter):
         return self.out_norm(self.later_out(torch.cat([state, told], dim=-1)))
 
     def unroll(self, features: Features, tokens_BT: Tensor) -> Iterator[Depth]:
-        return self._unroll(features, tokens_BT, None)
-
-    def unroll_taught(
-        self, features: Features, tokens_BT: Tensor, depths: int, taught_BT: Tensor
-    ) -> Iterator[Depth]:
-        """The augmenting block runs at every position, the rest at those taught from there on."""
-        return self._unroll(features, tokens_BT, taught_BT)
-
-    def _unroll(
-        self, features: Features, tokens_BT: Tensor, taught_BT: Tensor | None
-    ) -> Iterator[Depth]:
         told_BTd = self._told(tokens_BT)
         T = tokens_BT.shape[1]
         state_BTd = self._given(features)
         for k in range(self.num_heads):
             # w_{t+1+k} stands at index t; the last 1+k positions read zeros and have no label.
             ahead_BTd = F.pad(told_BTd[:, 1 + k :], (0, 0, 0, min(1 + k, T)))
-            rows = None
-            if taught_BT is not None:
-                rows = ComputedRows.of(taught_BT, range(1 + k, 1 + self.num_heads))
             if k == 0:
                 state_BTd = self._block(state_BTd, ahead_BTd, None)
             else:
-                state_BTd = at_rows(rows, self.later, state_BTd, ahead_BTd)
-            out_BTd = at_rows(rows, partial(self._out, k), state_BTd, ahead_BTd)
+                state_BTd = self.later(state_BTd, ahead_BTd)
+            out_BTd = self._out(k, state_BTd, ahead_BTd)
             yield Depth(out_BTd, self.lm_head, shift=1 + k, feature_BNd=out_BTd)
 
     def initial_state(self) -> CloverState:
