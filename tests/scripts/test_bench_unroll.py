@@ -1,11 +1,13 @@
 """The bench of unrolled steps measures a training step, and its memory grows with the steps."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from scripts.bench_unroll import Case, plot, prepare
+from scripts.bench_unroll_peer import learned
 from scripts.peak import multiplications
 
 SMALL = {"draft_vocab": 64, "hidden": 64, "vocab": 200, "precision": "float32"}
@@ -57,6 +59,19 @@ def test_products_are_counted_forward_and_backward() -> None:
         for n in (1, 2, 3)
     ]
     assert steps[2] - steps[1] == pytest.approx(steps[1] - steps[0], rel=0.05)
+
+
+def test_answers_behind_prompts_are_the_same_for_both_and_cost_less() -> None:
+    case = Case(steps=3, positions=20, turns=(3, 2), **SMALL)  # type: ignore[arg-type]
+    assert case.learn_T == [False, False, False, True, True] * 4
+    assert learned(asdict(case)) == case.learn_T
+    assert learned(asdict(replace(case, turns=None))) == [True] * 20
+
+    def cost(turns: tuple[int, int] | None) -> float:
+        case = Case(steps=7, positions=240, turns=turns, **SMALL)  # type: ignore[arg-type]
+        return multiplications(prepare(case))
+
+    assert cost((60, 60)) < 0.7 * cost(None)
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
