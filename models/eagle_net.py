@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.feature_drafter import FeatureDrafter, FeatureLayer
+from models.feature_drafter import FeatureDrafter
+from models.feature_layer import FeatureLayer
 from models.scales import logit_spread, typical_sizes
 from models.target import Features, Target
 

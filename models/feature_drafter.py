@@ -7,8 +7,7 @@
 A family is the three functions; unrolling and drafting are the same for all.
 
 Shape legend: B sequences, T positions, N frontier nodes, M drafted nodes before them, S verified
-positions, H query heads, G key and value heads, c head size, d hidden size, e width of the layer's
-input, k depth.
+positions, H query heads, G key and value heads, c head size, d hidden size, k depth.
 """
 
 from abc import abstractmethod
@@ -17,15 +16,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from models.autocast import in_autocast
 from models.cache import GrowingCache, causal_rows
 from models.computed import ComputedRows
 from models.drafter.base import Depth, Drafter, Frontier
-from models.drafter.blocks import AttentionInParts, Rotary, layer_config
+from models.feature_layer import FeatureLayer
 from models.head import Head, build_head
 from models.levels import Levels
 from models.target import Features, Target
@@ -37,63 +34,6 @@ MEASURED_DEPTHS = 5
 """Depths that validation measures at least: drafts get worse with every depth beyond training."""
 
 
-class FeatureLayer(nn.Module):
-    """A Llama decoder layer that leaves the norms of its input to the family.
-
-        a = r + Attention(z),  y = a + MLP(RMSNorm(a))
-
-    z is `inputs` times as wide as the residual r (EAGLE-3: 2). With `outputs` = 2 the MLP is twice
-    as wide as a, and y = [a; a] + MLP(RMSNorm(a)) (FSPAD).
-    """
-
-    def __init__(
-        self, *, hidden_size: int, shape: dict[str, Any], inputs: int = 1, outputs: int = 1
-    ) -> None:
-        super().__init__()
-        config = layer_config(hidden_size=hidden_size, **shape)
-        self.self_attn = AttentionInParts(config, layer_idx=0)
-        self.mlp = LlamaMLP(config)
-        self.post_attention_layernorm = LlamaRMSNorm(hidden_size, eps=config.rms_norm_eps)
-        self.rotary = Rotary(config)
-        self.outputs = outputs
-        if inputs > 1:
-            for name in ("q_proj", "k_proj", "v_proj"):
-                narrow: nn.Linear = getattr(self.self_attn, name)
-                wide = nn.Linear(inputs * hidden_size, narrow.out_features, bias=False)
-                setattr(self.self_attn, name, wide)
-        if outputs > 1:
-            down = self.mlp.down_proj
-            self.mlp.down_proj = nn.Linear(down.in_features, outputs * hidden_size, bias=False)
-
-    def forward(
-        self,
-        z_BTe: Tensor,
-        residual_BTd: Tensor,
-        positions_1T: Tensor,
-        memory: Any,
-        rows: ComputedRows | None = None,
-    ) -> Tensor:
-        """`memory` takes the keys and values of these rows, and is what they attend to.
-
-        With `rows`, positions must be 0..T-1, the other rows are only attended to, and the outputs
-        are `[1, N, d]`.
-        """
-        z_BTe = in_autocast(z_BTe)
-        turns = self.rotary(residual_BTd, positions_1T)
-        asks_BNe, its_turns = z_BTe, turns
-        if rows is not None:
-            asks_BNe, residual_BTd = rows.take(z_BTe), rows.take(residual_BTd)
-            its_turns = turns[0][:, rows.positions_1N[0]], turns[1][:, rows.positions_1N[0]]
-        # The same modules in the same order with and without `rows`: processes that share the
-        # weights among them put them together in step.
-        queries = self.self_attn.ask(asks_BNe, its_turns)
-        memory.update(*self.self_attn.offer(z_BTe, turns), 0)
-        attended_BTd = self.self_attn.finish(memory.attend(queries, self.self_attn.scaling))
-        a_BTd = residual_BTd + attended_BTd
-        wide = torch.cat([a_BTd] * self.outputs, dim=-1) if self.outputs > 1 else a_BTd
-        return wide + self.mlp(in_autocast(self.post_attention_layernorm(a_BTd)))
-
-
 class Verified:
     """Decoding, verified positions: rows attend causally to a cache that keeps them."""
 
@@ -101,9 +41,8 @@ class Verified:
         self.cache = cache
         self.past = cache.get_seq_length()
 
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = self.cache.update(keys, values, layer)
-        return keys, values
+    def update(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = self.cache.update(keys, values, 0)
 
     def attend(self, queries_BHTc: Tensor, scale: float) -> Tensor:
         new = queries_BHTc.shape[2]
@@ -139,7 +78,7 @@ class Path:
         self.verified: tuple[Tensor, Tensor] = (layer.keys, layer.values)
         self.before, self.parents_N = before, parents_N
 
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor) -> None:
         # Nodes are rows of one sequence.
         self_NN = torch.eye(len(self.parents_N), dtype=torch.bool, device=keys.device)
         if self.before is None:
@@ -150,7 +89,6 @@ class Path:
                 torch.cat([self.before.values_1GMc, values], dim=2),
                 torch.cat([self.before.path_NM[self.parents_N], self_NN], dim=1),
             )
-        return keys, values
 
     def attend(self, queries_1HNc: Tensor, scale: float) -> Tensor:
         past = self.verified[0].shape[2]
@@ -177,6 +115,22 @@ class FeatureState:
     states_1d: Tensor | None = None
     given_Nd: Tensor | None = None
     drafted: Drafted | None = None
+
+
+def _computed(
+    taught_BT: Tensor | None, depths: int
+) -> tuple[ComputedRows | None, ComputedRows | None]:
+    """Rows of level 0, and of all later ones; None and None where that is about every row.
+
+    Of the last levels a few rows less at the end of every answer would do, which is not worth lists
+    of their own.
+    """
+    if taught_BT is None:
+        return None, None
+    first = ComputedRows.of(taught_BT, range(1, 1 + depths))
+    if first.share > MOST_ROWS:
+        return None, None
+    return first, ComputedRows.of(taught_BT, range(2, 1 + depths))
 
 
 class FeatureDrafter(Drafter):
@@ -251,51 +205,32 @@ class FeatureDrafter(Drafter):
         return self.unroll_to(features, tokens_BT, self.num_depths)
 
     def unroll_to(self, features: Features, tokens_BT: Tensor, depths: int) -> Iterator[Depth]:
+        return self.unroll_taught(features, tokens_BT, depths, None)
+
+    def unroll_taught(
+        self, features: Features, tokens_BT: Tensor, depths: int, taught_BT: Tensor | None
+    ) -> Iterator[Depth]:
+        """Level 0 makes keys and values of every position; all else is done for the rows whose
+        state at this or a later depth is taught."""
+        first, later = _computed(taught_BT, depths)
         embedded_BTd = self.embed(tokens_BT)
-        given_BTd = self.read(features)
+        given = self.read(features)
         T = tokens_BT.shape[1]
-        positions_1T = torch.arange(T, device=tokens_BT.device)[None]
+        positions = torch.arange(T, device=tokens_BT.device)[None]
         levels = Levels()
         for k in range(depths):
             # x_{t+1+k} stands at index t; the last 1+k positions read zeros and have no label.
-            ahead_BTd = F.pad(embedded_BTd[:, 1 + k :], (0, 0, 0, min(1 + k, T)))
-            out = self.layer(*self.mix(ahead_BTd, given_BTd), positions_1T + k, levels)
-            states_BTd, given_BTd = self.read_out(out)
-            predicted = given_BTd if self.predicts_features else None
-            yield Depth(states_BTd, self.lm_head, shift=1 + k, feature_BNd=predicted)
-            if self.detached:
-                given_BTd = given_BTd.detach()
-
-    def unroll_taught(
-        self, features: Features, tokens_BT: Tensor, depths: int, taught_BT: Tensor
-    ) -> Iterator[Depth]:
-        """Level 0 makes keys and values of every position; all else is done for the rows whose
-        state at this or a later depth is taught. Those of the last depths are fewer by a few at the
-        end of every answer, which is not worth lists of their own."""
-        first = ComputedRows.of(taught_BT, range(1, 1 + depths))
-        if first.share > MOST_ROWS:
-            yield from self.unroll_to(features, tokens_BT, depths)
-            return
-        later = ComputedRows.of(taught_BT, range(2, 1 + depths))
-        embedded_BTd = self.embed(tokens_BT)
-        T = tokens_BT.shape[1]
-        levels = Levels()
-        given = self.read(features)
-        rows = first
-        for k in range(depths):
-            ahead_BTd = F.pad(embedded_BTd[:, 1 + k :], (0, 0, 0, min(1 + k, T)))
-            if k == 0:
-                positions = torch.arange(T, device=tokens_BT.device)[None]
-                levels.rows = first
-                out = self.layer(*self.mix(ahead_BTd, given), positions, levels, first)
-            else:
-                given = later.within(rows).take(given) if k == 1 else given
-                rows = levels.rows = later
-                mixed = self.mix(later.take(ahead_BTd), given)
-                out = self.layer(*mixed, later.positions_1N + k, levels)
+            ahead = F.pad(embedded_BTd[:, 1 + k :], (0, 0, 0, min(1 + k, T)))
+            rows = levels.rows = first if k == 0 else later
+            if later is not None and first is not None and k > 0:
+                ahead, positions = later.take(ahead), later.positions_1N
+                given = later.within(first).take(given) if k == 1 else given
+            mixed = self.mix(ahead, given)
+            out = self.layer(*mixed, positions + k, levels, first if k == 0 else None)
             states, given = self.read_out(out)
-            predicted = rows.put(given) if self.predicts_features else None
-            yield Depth(rows.put(states), self.lm_head, shift=1 + k, feature_BNd=predicted)
+            whole, predicted = (x if rows is None else rows.put(x) for x in (states, given))
+            feature_BTd = predicted if self.predicts_features else None
+            yield Depth(whole, self.lm_head, shift=1 + k, feature_BNd=feature_BTd)
             if self.detached:
                 given = given.detach()
 

@@ -46,7 +46,7 @@ def visible(row: Row, level: Row, key_row: Row, key_level: Row) -> Any:
 
 
 class Levels:
-    """The keys and values of every level so far, as a memory of models/feature_drafter.py.
+    """The keys and values of every level so far: training's memory of models/feature_layer.py.
 
     `rows` are those whose queries come next; None: every row.
     """
@@ -56,11 +56,10 @@ class Levels:
         self.values: list[Tensor] = []
         self.rows: ComputedRows | None = None
 
-    def update(self, keys_BGTc: Tensor, values_BGTc: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def update(self, keys_BGTc: Tensor, values_BGTc: Tensor) -> None:
         """Take the keys and values of the next level."""
         self.keys.append(in_autocast(keys_BGTc))
         self.values.append(in_autocast(values_BGTc))
-        return keys_BGTc, values_BGTc
 
     def attend(self, queries_BHTc: Tensor, scale: float) -> Tensor:
         """What the queries of the newest level read, `[B, H, T, c]`."""

@@ -166,11 +166,11 @@ class Drafter(nn.Module, PyTorchModelHubMixin, ABC):
         return self.unroll(features, tokens_BT)
 
     def unroll_taught(
-        self, features: Features, tokens_BT: Tensor, depths: int, taught_BT: Tensor
+        self, features: Features, tokens_BT: Tensor, depths: int, taught_BT: Tensor | None
     ) -> Iterator[Depth]:
         """`unroll_to` for who looks at taught states alone: at t, of shift s, iff taught[t+s].
 
-        Families that can leave the work of others out, and give them any state.
+        Families that can leave the work of others out, and give them any state. None: all states.
         """
         return self.unroll_to(features, tokens_BT, depths)
 

@@ -148,17 +148,12 @@ class Chimera(Drafter):
         return final + context if self.adds else torch.cat([final, context], dim=-1)
 
     def unroll(self, features: Features, tokens_BT: Tensor) -> Iterator[Depth]:
-        return self._unroll(features, tokens_BT, None)
+        return self.unroll_taught(features, tokens_BT, self.num_depths, None)
 
     def unroll_taught(
-        self, features: Features, tokens_BT: Tensor, depths: int, taught_BT: Tensor
+        self, features: Features, tokens_BT: Tensor, depths: int, taught_BT: Tensor | None
     ) -> Iterator[Depth]:
         """Every position is offered and asks; what it has read goes on where a head is taught."""
-        return self._unroll(features, tokens_BT, taught_BT)
-
-    def _unroll(
-        self, features: Features, tokens_BT: Tensor, taught_BT: Tensor | None
-    ) -> Iterator[Depth]:
         T = tokens_BT.shape[1]
         device = tokens_BT.device
         # m_{t+1} stands at index t; the last one would need x_T and reads token 0 (no label).
@@ -238,7 +233,7 @@ class Chimera(Drafter):
             )
             trigrams_Nd = self._trigrams(tokens_N3)[:, 0]
             path = Path(state.cache, state.drafted, frontier.parents_N)
-            path.update(*self.encoder.offer(trigrams_Nd[None], positions_1N), 0)
+            path.update(*self.encoder.offer(trigrams_Nd[None], positions_1N))
             read = path.attend(
                 self.encoder.ask(trigrams_Nd[None], positions_1N), self.encoder.scale
             )

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from models.drafter.base import Drafter
-from models.feature_drafter import FeatureDrafter, FeatureLayer
+from models.feature_drafter import FeatureDrafter
+from models.feature_layer import FeatureLayer
 from models.scales import logit_spread, typical_sizes
 from models.target import Features, Target
 

@@ -85,17 +85,12 @@ class HydraHeads(Drafter):
             self.head(depth).init_from(target, self.draft_ids_D)
 
     def unroll(self, features: Features, tokens_BT: Tensor) -> Iterator[Depth]:
-        return self._unroll(features, tokens_BT, None)
+        return self.unroll_taught(features, tokens_BT, self.num_depths, None)
 
     def unroll_taught(
-        self, features: Features, tokens_BT: Tensor, depths: int, taught_BT: Tensor
+        self, features: Features, tokens_BT: Tensor, depths: int, taught_BT: Tensor | None
     ) -> Iterator[Depth]:
         """The prefix layer runs at every position, a head at those that it is taught at."""
-        return self._unroll(features, tokens_BT, taught_BT)
-
-    def _unroll(
-        self, features: Features, tokens_BT: Tensor, taught_BT: Tensor | None
-    ) -> Iterator[Depth]:
         context_BTd = features.final_BTd
         if self.prefix is not None:
             context_BTd = self.prefix(context_BTd)

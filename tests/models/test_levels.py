@@ -137,7 +137,7 @@ def test_nothing_of_size_levels_times_positions_squared_is_kept() -> None:
         levels = Levels()
         for _ in range(5):
             queries, (keys, values) = _random(1, T=T)
-            levels.update(keys, values, 0)
+            levels.update(keys, values)
             levels.attend(queries, 0.3)
     assert max(t.numel() for t in kept) == 2 * 6 * T * 8  # [B, H, T, c]
 
