@@ -51,3 +51,5 @@ bench: $(STAMP)
 	$(BIN)/python -m scripts.bench_attention
 	$(BIN)/python -m scripts.bench_loss $(if $(PEER),--peer $(PEER))
 	$(BIN)/python -m scripts.bench_unroll --steps 3 7 --positions 512 1024 2048 $(if $(PEER),--peer $(PEER))
+	$(BIN)/python -m scripts.bench_unroll --turns 89 79 --out bench_unroll_turns.json \
+	    --steps 3 7 --positions 512 1024 2048 $(if $(PEER),--peer $(PEER))
