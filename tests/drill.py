@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.std import tqdm
 
 import data_prep.__main__
 import decode.__main__
@@ -303,6 +305,9 @@ def flip(rng: random.Random, path: Path) -> bool:
 def drill(folder: Path, kills: int, seed: int, ranks: int, servers: int) -> Counter[str]:
     """Rounds over all stages until `kills` disturbances were survived."""
     torch.set_num_threads(1)
+    # Forked processes would share the lock of progress bars: one that is killed while it holds it
+    # would stop all that come after it. Real commands share nothing.
+    tqdm.set_lock(threading.RLock())
     made = Drill(folder, seed)
     turn = 0
     while made.survived.total() < kills:
