@@ -35,6 +35,15 @@ def _dense(queries: Tensor, keys: list[Tensor], values: list[Tensor], scale: flo
     return scores.softmax(-1) @ v
 
 
+def _same_with_gradients(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    outer = torch.randn_like(expected)
+    ours = torch.autograd.grad(found, inputs, outer)
+    theirs = torch.autograd.grad(expected, inputs, outer)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
 def test_the_pattern_of_a_small_case() -> None:
     """Row 1 of 3 at level 2 sees verified rows 0 and 1, and itself at levels 1 and 2."""
     seen = [[bool(visible(1, 2, row, level)) for row in range(3)] for level in range(4)]
@@ -51,12 +60,7 @@ def test_equals_the_dense_softmax_gradients_too(K: int) -> None:
     queries, both = _random(K)
     found = attend_levels(queries, both[:K], both[K:], 0.3)
     expected = _dense(queries, both[:K], both[K:], 0.3)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    outer = torch.randn_like(expected)
-    ours = torch.autograd.grad(found, [queries, *both], outer)
-    theirs = torch.autograd.grad(expected, [queries, *both], outer)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    _same_with_gradients(found, expected, [queries, *both])
 
 
 ROWS = ComputedRows((2, 11), torch.tensor([0, 3, 4, 10, 12, 19, 20]))
@@ -69,18 +73,13 @@ def test_some_rows_read_what_they_would_among_all(
 ) -> None:
     """Queries and later keys of seven of 22 rows; gradients as if nobody looked at the others."""
     if not joined:  # as an accelerator does without a kernel to join: put back, all rows, taken out
-        monkeypatch.setattr(levels_module, "fused", lambda queries: queries.shape[2] == 0)
+        monkeypatch.setattr(levels_module, "fused", lambda _: False)
         monkeypatch.setattr(levels_module, "_compiled", lambda _: _dense_blocks)
     queries, both = _random(K)
     expected = ROWS.take_heads(_dense(queries, both[:K], both[K:], 0.3))
     some = [x if i in (0, K) else ROWS.take_heads(x) for i, x in enumerate(both)]
     found = attend_levels(ROWS.take_heads(queries), some[:K], some[K:], 0.3, ROWS)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    outer = torch.randn_like(expected)
-    ours = torch.autograd.grad(found, [queries, *both], outer)
-    theirs = torch.autograd.grad(expected, [queries, *both], outer)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    _same_with_gradients(found, expected, [queries, *both])
 
 
 def _dense_blocks(
