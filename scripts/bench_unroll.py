@@ -160,7 +160,7 @@ def measure(case: Case) -> dict[str, float]:
     """Seconds of a step, tokens/s, and memory."""
     keep_freed_memory(torch.device(case.device))  # as training does
     # Threads, code and buffers of the libraries are there before the inputs.
-    prepare(replace(case, positions=64, vocab=512, draft_vocab=256))()
+    prepare(replace(case, positions=64, vocab=512, draft_vocab=256, turns=None))()
     once = prepare(case)
     found = measured(once, case.device, case.repeats)
     found["gflop"] = multiplications(once)
@@ -256,6 +256,13 @@ def main() -> None:
     args = _arguments().parse_args()
     if args.peer is not None and (args.device, args.precision) != ("cpu", "bf16-mixed"):
         raise SystemExit("--peer runs on a CPU in bf16-mixed; leave --device and --precision.")
+    prompt, answer = args.turns or (0, 1)
+    if prompt < 0 or answer < 1 or prompt + 1 >= min(args.positions):
+        raise SystemExit(
+            f"--turns {prompt} {answer} must be a prompt of at least 0 and an answer of at least 1 "
+            f"token that begins within the {min(args.positions)} positions, because a step learns "
+            "the answers; give other lengths, or leave --turns out to learn every token."
+        )
     rate = product_rate(args.device)
     say(f"One large bf16 product runs at {rate:,.0f} GFLOP/s here.")
     results = []

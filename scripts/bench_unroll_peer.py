@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("case", type=json.loads)
     case = parser.parse_args().case
     small = {"steps": case["steps"], "positions": 64, "vocab": 512, "draft_vocab": 256}
+    small |= {"turns": None}
     prepare(case | small)()
     once = prepare(case)
     found = measured(once, "cpu", case["repeats"])
